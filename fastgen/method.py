@@ -1,0 +1,93 @@
+"""What a distillation algorithm declares: its networks, who learns what, and how the student is sampled."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from fastgen.denoiser import Condition, Denoiser
+from fastgen.pipelines.base import Pipeline
+from fastgen.samplers import Sampler
+
+Need = Literal["prompts", "images", "pairs"]
+
+
+@dataclass
+class Batch:
+    """One micro-batch, already encoded by the pipeline.
+
+    `shape` is that of the latents, batch first. `latents` [B, ...] are real data (methods that need images). `noise` and
+    `target` are teacher pairs.
+    """
+
+    condition: Condition
+    shape: tuple[int, ...]
+    latents: Tensor | None = None
+    noise: Tensor | None = None
+    target: Tensor | None = None
+
+
+Loss = dict[str, Tensor]
+"""Named loss terms; the trainer backpropagates their sum and logs each."""
+
+
+@dataclass
+class Player:
+    """Weights, the loss they minimise, and how often they move.
+
+    `weights.parameters()` that require a gradient at setup are what moves. `every`: the player moves in updates whose number
+    (counted from 1) is divisible by it. `lr_scale` multiplies the run's learning rate.
+    """
+
+    name: str
+    weights: nn.Module
+    loss: Callable[[Batch], Loss]
+    every: int = 1
+    lr_scale: float = 1.0
+
+
+@dataclass
+class Method(ABC):
+    """A distillation algorithm: hyper-parameters are fields, networks are made in `setup`.
+
+    Subclasses state their paper in the docstring's first line, keep tensors of their own only in the modules of their players
+    (anything else that a resumed run needs goes through `state` and `load_state`), and draw randomness from torch's global
+    generator, which checkpoints carry.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompts"})
+
+    @abstractmethod
+    def setup(self, pipeline: Pipeline) -> None:
+        """Build the networks. Raises UserError for options that this pipeline cannot serve."""
+
+    @abstractmethod
+    def players(self) -> Sequence[Player]:
+        """Who learns what, in the order they move within an update."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> Denoiser:
+        """The student: what is sampled, averaged and exported."""
+
+    @abstractmethod
+    def sampler(self, steps: int | None = None) -> Sampler:
+        """How the student is sampled, with its own number of calls or with `steps`.
+
+        Raises UserError for a number of steps it was not trained for.
+        """
+
+    def advance(self, step: int, total: int) -> bool:
+        """Called before update `step` (from 0) of `total`; moves curricula on. True starts the optimisers afresh."""
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the players' weights: tensors in nested dictionaries, and JSON values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""

@@ -1,0 +1,190 @@
+"""How a student turns noise into a sample. The same object rolls out in training, validates, evaluates and is exported.
+
+Between calls a sampler either follows the probability-flow ODE (DDIM), re-noises its clean estimate (consistency models; Song et al.
+2023, algorithm 1), or does a part of each (gamma sampling; TCD, Zheng et al. 2024, algorithm 4).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.denoiser import Condition, Guided, Predicts
+from fastgen.errors import UserError
+from fastgen.process import VP, Flow, Kind, Prediction, Process
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """A stock diffusers scheduler that reproduces a sampler: class, config entries, and arguments of the pipeline call."""
+
+    class_name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+class Sampler(ABC):
+    """Turns noise into clean samples with a fixed number of network calls."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Network calls a sample."""
+
+    @abstractmethod
+    def sample(
+        self,
+        denoiser: Predicts,
+        noise: Tensor,
+        condition: Condition,
+        *,
+        generator: torch.Generator | None = None,
+        exit_at: int | None = None,
+        watch: Callable[[Prediction], None] | None = None,
+    ) -> Tensor:
+        """Samples x0 from unit `noise` [B, ...].
+
+        With `exit_at`, stop after that call (0 is the first) and keep the graph of that call alone: the backward simulation of
+        DMD2 (Yin et al. 2024, section 4.5). `watch` sees every prediction.
+        """
+
+    @abstractmethod
+    def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
+        """The diffusers scheduler that reproduces this sampler. Raises UserError where there is none."""
+
+
+@dataclass(frozen=True)
+class FewStep(Sampler):
+    """Call the network at each of `times` (decreasing, in (0, 1]) and go on to the next with noise level `gamma`.
+
+    `gamma` 0 follows the ODE, 1 re-noises the clean estimate, between them goes below the next level by that share of its time
+    and diffuses back. `guidance` (diffusers convention) is 1 for a student that needs none, the embedded scale for a network
+    that embeds it, and true guidance with two predictions a call for a teacher.
+    """
+
+    times: tuple[float, ...]
+    gamma: float = 0.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"sampling times must decrease, got {self.times}")
+        if not (0 < self.times[-1] and self.times[0] <= 1 and 0 <= self.gamma <= 1):
+            raise ValueError(f"sampling times must lie in (0, 1] and gamma in [0, 1], got {self.times} and {self.gamma}")
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def sample(
+        self,
+        denoiser: Predicts,
+        noise: Tensor,
+        condition: Condition,
+        *,
+        generator: torch.Generator | None = None,
+        exit_at: int | None = None,
+        watch: Callable[[Prediction], None] | None = None,
+    ) -> Tensor:
+        last = self.steps - 1 if exit_at is None else exit_at
+        guided = Guided(denoiser, self.guidance)
+        x, process, prediction = noise, denoiser.process, None
+        for i in range(last + 1):
+            t = self._time(i, noise)
+            if prediction is None:
+                x = x * process.initial_scale(t).view(-1, *[1] * (x.ndim - 1))
+            else:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and exit_at is None):
+                    x = self._onward(prediction, t, generator).to(noise.dtype)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (exit_at is None or i == exit_at)):
+                prediction = guided(x, t, condition)
+            if watch is not None:
+                watch(prediction)
+        assert prediction is not None
+        return prediction.x0.to(noise.dtype)
+
+    def _time(self, i: int, like: Tensor) -> Tensor:
+        return like.new_full((len(like),), self.times[i], dtype=torch.promote_types(like.dtype, torch.float32))
+
+    def _onward(self, prediction: Prediction, t: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.gamma == 0:
+            return prediction.at(t)
+        process, x0 = prediction.process, prediction.x0
+        eps = torch.randn(x0.shape, generator=generator, device=generator.device if generator else x0.device).to(x0)
+        if self.gamma == 1:
+            return process.add_noise(x0, eps, t)
+        below = below_time(process, t, self.gamma)
+        return process.diffuse(prediction.at(below), eps, below, t)
+
+    def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
+        if isinstance(process, VP):
+            return self._vp_scheduler(process, kind)
+        if isinstance(process, Flow) and self.gamma in (0.0, 1.0):
+            name = "FlowMatchLCMScheduler" if self.gamma else "FlowMatchEulerDiscreteScheduler"
+            config = {"num_train_timesteps": process.timesteps, "shift": 1.0, "use_dynamic_shifting": False}
+            return SchedulerSpec(name, config, self._call({"sigmas": list(self.times)}))
+        raise UserError(f"no stock diffusers scheduler does what this sampler does (gamma {self.gamma} on {type(process).__name__})")
+
+    def _vp_scheduler(self, process: VP, kind: Kind) -> SchedulerSpec:
+        timesteps = [int(process.timestep(torch.tensor(t, dtype=torch.float64)).round()) for t in self.times]
+        config: dict[str, Any] = {
+            "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(kind, kind),
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+        }
+        even = timesteps == [round(process.steps * (1 - i / self.steps)) - 1 for i in range(self.steps)]
+        if self.gamma == 0:
+            config |= {"timestep_spacing": "trailing"}
+            if even:
+                return SchedulerSpec("DDIMScheduler", config, self._call({"num_inference_steps": self.steps}))
+            # DDIM takes no explicit list of timesteps; TCD with eta 0 is DDIM and does.
+            return SchedulerSpec("TCDScheduler", config, self._call({"timesteps": timesteps, "eta": 0.0}))
+        if self.gamma == 1:
+            original = _original_steps(process.steps, self.steps) if even else None
+            config |= {"original_inference_steps": original or 50, "timestep_scaling": 10.0}
+            steps = {"num_inference_steps": self.steps} if original else {"timesteps": timesteps}
+            return SchedulerSpec("LCMScheduler", config, self._call(steps))
+        return SchedulerSpec("TCDScheduler", config, self._call({"timesteps": timesteps, "eta": self.gamma}))
+
+    def _call(self, steps: dict[str, Any]) -> dict[str, Any]:
+        return steps | {"guidance_scale": self.guidance}
+
+
+def _original_steps(table: int, steps: int) -> int | None:
+    """A training grid for diffusers' LCMScheduler on which `steps` evenly spaced calls fall exactly, if there is one."""
+    fits = [n for n in range(50, steps - 1, -1) if table % n == 0 and n % steps == 0]
+    return fits[0] if fits else None
+
+
+def below_time(process: Process, t: Tensor, gamma: float) -> Tensor:
+    """The time (1 - gamma) of the way up to `t`; on a table, the index that diffusers' TCDScheduler takes."""
+    if isinstance(process, VP):
+        return process.time((process.timestep(t) * (1 - gamma)).floor()).to(t.dtype)
+    return t * (1 - gamma)
+
+
+def even_times(steps: int, process: Process | None = None, shift: float = 1.0) -> tuple[float, ...]:
+    """`steps` times from 1 down, evenly spaced ("trailing"), shifted towards noise; on a table's grid when `process` has one.
+
+    Raises UserError for fewer than one step.
+    """
+    if steps < 1:
+        raise UserError(f"the number of sampling steps must be at least 1, not {steps}")
+    times = [1 - i / steps for i in range(steps)]
+    times = [shift * t / (1 + (shift - 1) * t) for t in times]
+    if isinstance(process, VP):
+        # Python's rounding, half to even, is numpy's: diffusers' trailing grid.
+        times = [round(t * process.steps) / process.steps for t in times]
+    return tuple(times)
+
+
+def timesteps_to_times(process: Process, timesteps: Sequence[float]) -> tuple[float, ...]:
+    """A list of diffusers timesteps, such as (999, 749, 499, 249), as times."""
+    times = process.time(torch.tensor(timesteps, dtype=torch.float64)).tolist()
+    return tuple(min(1.0, t) for t in times if not math.isnan(t))
