@@ -1,0 +1,198 @@
+"""The description of a run: one TOML file of 15 to 25 lines, plus dotted overrides.
+
+The method's dataclass is the schema of `[method]`: its fields are the keys, its defaults the paper's. Files do not inherit
+from one another and nothing is interpolated; what a run resolved to is saved beside its checkpoints and exports.
+
+    pipeline = "toy"
+    [method]
+    name = "lcm"
+    [train]
+    steps = 400
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastgen import schema
+from fastgen.errors import UserError
+from fastgen.schema import Checked, Source, nearest, setting
+
+if TYPE_CHECKING:
+    from fastgen.method import Method
+
+__all__ = ["DataConfig", "LoRAConfig", "RunConfig", "TrainConfig", "load", "starter"]
+
+ROLES = ("student", "fake_score")
+TOY = "toy"
+
+
+@dataclass
+class LoRAConfig(Checked):
+    """Shape of the adapters of roles trained as "lora"."""
+
+    rank: int                 = setting(64, "rank of every adapter", at_least=1, at_most=4096)
+    alpha: float              = setting(64.0, "scale of the adapters is alpha / rank", above=0)
+    targets: list[str] | None = setting(None, 'names of the layers adapted; "none": the usual ones')
+
+
+@dataclass
+class DataConfig(Checked):
+    """What the run learns from."""
+
+    prompts: str = setting("", 'text file, one prompt a line; "toy": endless captions of the toy world')
+    images: str  = setting("", 'folder of pictures, captions in a .txt beside each; "toy": endless scenes')
+
+
+@dataclass
+class TrainConfig(Checked):
+    """The loop: how long, how fast, what is kept."""
+
+    steps: int                 = setting(1000, "updates of the student's loop", at_least=1)
+    batch: int                 = setting(16, "samples per update on each process", at_least=1)
+    micro_batches: int         = setting(1, "parts a batch is computed in; more need less memory", at_least=1)
+    lr: float                  = setting(1e-5, "learning rate of AdamW", above=0, at_most=10)
+    weight_decay: float        = setting(0.0, "decoupled weight decay", at_least=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays", at_least=0, below=1)
+    warmup: int                = setting(0, "updates over which the learning rate rises from 0", at_least=0)
+    max_grad_norm: float       = setting(1.0, "clip each player's gradient to this norm; 0: never", at_least=0)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; weights stay fp32")
+    ema: float                 = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
+    checkpoint_every: int      = setting(500, "updates between checkpoints; 0: only the last", at_least=0)
+    keep_checkpoints: int      = setting(2, "newest checkpoints kept; 0: all", at_least=0)
+    sample_every: int          = setting(0, "updates between sample grids; 0: only at the end", at_least=0)
+    sample_prompts: list[str]  = setting([], "prompts of the sample grids; empty: the first of the data's")
+    log_every: int             = setting(10, "updates between lines of metrics.jsonl", at_least=1)
+    threads: int               = setting(0, "CPU threads; 0: chosen for this machine", at_least=0, at_most=1024)
+
+
+@dataclass
+class RunConfig(Checked):
+    """Everything a run is made of. `method` is an instance of the class that `fastgen.methods.find(method_name)` gives."""
+
+    method_name: str
+    method: Method
+    pipeline: str            = setting(TOY, 'teacher: a diffusers folder or hub id; "toy": the one that ships')
+    teacher_loras: list[str] = setting([], "LoRA files laid over the teacher, student included")
+    seed: int                = setting(0, "seed of all randomness", at_least=0)
+    roles: dict[str, str]    = setting({"student": "full"}, '"full" or "lora" for student and fake_score')
+    lora: LoRAConfig         = field(default_factory=LoRAConfig)
+    data: DataConfig         = field(default_factory=DataConfig)
+    train: TrainConfig       = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pipeline:
+            raise UserError("pipeline is empty; it must be a diffusers folder, a hub id, or 'toy'")
+        for role, how in self.roles.items():
+            if role not in ROLES:
+                raise UserError(f"roles.{role[:60]} is not a role{nearest(role, ROLES)}")
+            if how not in ("full", "lora"):
+                raise UserError(f"roles.{role} must be 'full' or 'lora', not {schema.shown(how)}")
+        self.roles = {"student": "full", **self.roles}
+        if self.train.batch % self.train.micro_batches:
+            train = self.train
+            raise UserError(f"train.batch = {train.batch} cannot be cut into {train.micro_batches} equal micro_batches")
+        if self.pipeline == TOY:
+            self.data = replace(self.data, prompts=self.data.prompts or TOY, images=self.data.images or TOY)
+        if not self.data.prompts:
+            raise UserError("data.prompts is missing; it must be a text file with one prompt a line")
+
+    def role(self, name: str) -> str:
+        """"full" or "lora" for a role; a role that is not set goes as the student does."""
+        return self.roles.get(name, self.roles["student"])
+
+    def to_toml(self, *, help: bool = False) -> str:
+        """The whole run as a file that `load` reads back to an equal run; with a line of help beside each key if asked."""
+        run = {each.name: each for each in fields(self)}
+        scalars = ("pipeline", "teacher_loras", "seed")
+        parts = [schema.dump({key: getattr(self, key) for key in scalars}, helps(run) if help else None)]
+        for section in ("method", "roles", *SECTIONS):
+            part = getattr(self, section)
+            if section == "roles":
+                values, comments = part, {"student": run["roles"].metadata["help"]}
+            else:
+                known = schema.settings(type(part))
+                values = {key: getattr(part, key) for key in known}
+                comments = helps({key: each for key, (each, _) in known.items()})
+            if section == "method":
+                values = {"name": self.method_name, **values}
+            parts.append(f"[{section}]\n" + schema.dump(values, comments if help else None))
+        return "\n".join(parts)
+
+
+SECTIONS = {"lora": LoRAConfig, "data": DataConfig, "train": TrainConfig}
+ROOT_KEYS = ("pipeline", "teacher_loras", "seed", "method", "roles", *SECTIONS)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a TOML file describes, with overrides such as `train.lr=1e-5` over it.
+
+    Raises `UserError` naming file or override, key, and what would be right, for anything that is not a run.
+    """
+    tables, source = schema.read(path, overrides)
+    return from_tables(tables, source)
+
+
+def from_tables(tables: dict[str, Any], source: Source) -> RunConfig:
+    """The run that nested tables describe; `source` says where each value came from."""
+    for key in tables:
+        if key not in ROOT_KEYS:
+            source.wrong((key,), f"is not an option of a run{elsewhere(key)}")
+    name, method = method_from(tables.get("method", {}), source)
+    run_fields = {each.name: each for each in fields(RunConfig)}
+    types = {"pipeline": str, "teacher_loras": list[str], "seed": int, "roles": dict[str, str]}
+    values = {key: schema.convert(hint, tables[key], (key,), source) for key, hint in types.items() if key in tables}
+    for key, value in values.items():
+        problem = schema.out_of_range(run_fields[key], value)
+        if problem:
+            source.wrong((key,), problem)
+    for key, cls in SECTIONS.items():
+        if key in tables:
+            values[key] = schema.convert(cls, tables[key], (key,), source)
+    try:
+        return RunConfig(method_name=name, method=method, **values)
+    except UserError as error:
+        raise UserError(f"{blamed(str(error), source)}: {error}") from error
+
+
+def method_from(table: Any, source: Source) -> tuple[str, Method]:
+    from fastgen import methods  # the registry imports torch
+
+    if not isinstance(table, dict):
+        source.wrong(("method",), f"must be a section with a name, not {schema.shown(table)}")
+    if "name" not in table:
+        source.wrong(("method", "name"), f"is missing{nearest('', methods.names())}")
+    name = schema.convert(str, table["name"], ("method", "name"), source)
+    try:
+        cls = methods.find(name)
+    except UserError as error:
+        raise UserError(f"{source.of(('method', 'name'))}: method.name: {error}") from error
+    rest = {key: value for key, value in table.items() if key != "name"}
+    return name, schema.build(cls, rest, ("method",), source, called=name)
+
+
+def elsewhere(key: str) -> str:
+    """Where a key that is not at the top belongs: in a section, or a slip of the pen."""
+    for section, cls in SECTIONS.items():
+        if key in schema.settings(cls):
+            return f"; did you mean '{section}.{key}'?"
+    return nearest(key, ROOT_KEYS)
+
+
+def blamed(problem: str, source: Source) -> str:
+    """The file or override whose key a message starts with."""
+    return source.of(tuple(problem.split(" ", 1)[0].split(".")))
+
+
+def helps(named: dict[str, Field[Any]]) -> dict[str, str]:
+    return {key: str(each.metadata.get("help", "")) for key, each in named.items()}
+
+
+def starter(method_name: str) -> str:
+    """A complete config file for a method with every key, its default and a line of help, to copy and cut down."""
+    name, method = method_from({"name": method_name}, Source("fastgen methods"))
+    return RunConfig(method_name=name, method=method).to_toml(help=True)
