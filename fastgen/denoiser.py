@@ -147,9 +147,9 @@ Call = Callable[[nn.Module, Tensor, Tensor, Condition, Tensor | None], Tensor]
 class Denoiser(nn.Module):
     """One network playing one role.
 
-    With full weights the network is a submodule. With an adapter on a shared base, `own` holds just this role's adapter weights:
-    the base stays out of `parameters()` and `state_dict()`, and `activate` selects the adapter around every call. Nobody who
-    uses a denoiser needs to know which of the two it is.
+    With full weights the network is a submodule. With an adapter on a shared base, `own` holds just this role's adapter
+    weights: the base stays out of `parameters()` and `state_dict()`, and `activate` selects the adapter around every call.
+    Nobody who uses a denoiser needs to know which of the two it is.
     """
 
     def __init__(
@@ -200,8 +200,8 @@ class Denoiser(nn.Module):
 class Guided:
     """Classifier-free guidance (Ho and Salimans 2022), usable wherever the bare denoiser is.
 
-    `scale` is in the diffusers convention, u + scale (c - u), 1 = off; a number or one per sample [B]. A network that embeds its
-    guidance is told the scale instead, in a single call.
+    `scale` is in the diffusers convention, u + scale (c - u), 1 = off; a number or one per sample [B]. A network that embeds
+    its guidance is told the scale instead, in a single call.
     """
 
     def __init__(self, denoiser: Predicts, scale: float | Tensor):
@@ -238,8 +238,8 @@ class Guided:
 class Retimed:
     """A denoiser seen through another noise process, matched by noise-to-signal ratio.
 
-    Exact for the posterior mean: x_t / alpha(t) has the same distribution under both processes at equal ratio. With `Trig` over a
-    flow network this is the training-free conversion of SANA-Sprint (Chen et al. 2025, section 3.1), for unit data scale.
+    Exact for the posterior mean: x_t / alpha(t) has the same distribution under both processes at equal ratio. With `Trig`
+    over a flow network this is the training-free conversion of SANA-Sprint (Chen et al. 2025, 3.1), at unit data scale.
     """
 
     def __init__(self, denoiser: Predicts, process: Process):
@@ -259,4 +259,6 @@ class Retimed:
         # Either ratio would do; each is safe where the other divides by zero.
         scale = torch.where(alpha > sigma, alpha_inner / alpha.clamp_min(1e-6), sigma_inner / sigma.clamp_min(1e-6))
         prediction = self.denoiser(xt * scale, t_inner, condition, guidance=guidance, features=features)
-        return Prediction(prediction.x0, "x0", xt, t, self.process, prediction.features)
+        # As v, which determines x0 and eps well at both ends of the process.
+        v = self.process.target("v", *prediction.solve(), t)
+        return Prediction(v, "v", xt, t, self.process, prediction.features)

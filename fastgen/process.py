@@ -4,8 +4,8 @@ Every process is x_t = alpha(t) x_0 + sigma(t) eps with eps ~ N(0, I) and t in [
 shape [B], or of any shape that broadcasts against x_t. Coefficients are computed in double precision and handed out in the
 sample's own precision, float32 at least.
 
-Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), v-prediction (Salimans and Ho 2022), EDM (Karras et al. 2022), rectified flow
-(Liu et al. 2023; Lipman et al. 2023), dynamic shift (Esser et al. 2024), TrigFlow (Lu and Song 2025).
+Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), v-prediction (Salimans and Ho 2022), EDM (Karras et al. 2022),
+rectified flow (Liu et al. 2023; Lipman et al. 2023), dynamic shift (Esser et al. 2024), TrigFlow (Lu and Song 2025).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Process(ABC):
 
     @abstractmethod
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The time at which sigma / alpha equals `ratio` (infinity is pure noise); inverse of `ratio`."""
+        """The time at which sigma / alpha equals `ratio` (infinity is pure noise), or the nearest end; inverse of `ratio`."""
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
@@ -72,10 +72,14 @@ class Process(ABC):
 
     def diffuse(self, xs: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """The exact kernel from level `s` to a noisier level `t` >= `s`, with fresh unit noise `eps`."""
-        alpha_s, sigma_s = self.coefficients(s, xs)
-        alpha_t, sigma_t = self.coefficients(t, xs)
+        # The variance is a difference of nearly equal numbers where the two levels are close: in double precision.
+        wide = xs.new_zeros((), dtype=torch.float64).expand(xs.shape)
+        alpha_s, sigma_s = self.coefficients(s, wide)
+        alpha_t, sigma_t = self.coefficients(t, wide)
         scale = alpha_t / alpha_s.clamp_min(SMALLEST)
-        return scale * xs + (sigma_t**2 - (scale * sigma_s) ** 2).clamp_min(0).sqrt() * eps
+        fresh = (sigma_t**2 - (scale * sigma_s) ** 2).clamp_min(0).sqrt()
+        dtype = torch.promote_types(xs.dtype, torch.float32)
+        return scale.to(dtype) * xs + fresh.to(dtype) * eps
 
     def target(self, kind: Kind, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What a perfect network of this kind would answer at x_t."""
@@ -101,8 +105,9 @@ class VP(Process):
     def _place(self, t: Tensor) -> Tensor:
         place = t.double() * self.steps
         nearest = place.round()
-        # A float32 time is only near its grid point; the grid has to be met exactly.
-        return torch.where((place - nearest).abs() < 1e-3, nearest, place).clamp(0, self.steps)
+        # A float32 time is only near its grid point; the grid has to be met exactly, and keep its derivative.
+        move = torch.where((place - nearest).abs() < 1e-3, nearest - place, 0.0).detach()
+        return (place + move).clamp(0, self.steps)
 
     def angle(self, t: Tensor) -> Tensor:
         """atan2(sigma, alpha) in radians, in [0, pi / 2], double precision."""
@@ -176,7 +181,7 @@ class Trig(Process):
 
 
 class EDM(Process):
-    """A variance-exploding process, alpha = 1, with sigma on Karras' rho schedule (EDM, equation 5) and c_noise = ln(sigma) / 4."""
+    """A variance-exploding process, alpha = 1: sigma on Karras' rho schedule (EDM, equation 5), c_noise = ln(sigma) / 4."""
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
         self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
@@ -188,7 +193,7 @@ class EDM(Process):
         return (self.low + t * (self.high - self.low)) ** self.rho
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        return (ratio ** (1 / self.rho) - self.low) / (self.high - self.low)
+        return ((ratio ** (1 / self.rho) - self.low) / (self.high - self.low)).clamp(0, 1)
 
     def timestep(self, t: Tensor) -> Tensor:
         return self.sigma(t).log() / 4
@@ -201,7 +206,7 @@ class EDM(Process):
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Move times towards noise: shift t / (1 + (shift - 1) t) (Esser et al. 2024, equation 23); `shift` > 0, 1 changes nothing."""
+    """Move times towards noise: shift t / (1 + (shift - 1) t) (Esser et al. 2024, equation 23); `shift` > 0, 1 is none."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -288,5 +293,5 @@ class Prediction:
         return self.process.target(kind, x0, eps, self.t)
 
     def at(self, s: Tensor) -> Tensor:
-        """Move deterministically to time `s`: a DDIM step (Song et al. 2021, equation 12 with eta 0), Euler's step for a flow."""
+        """Move deterministically to time `s`: a DDIM step (Song et al. 2021, equation 12, eta 0), Euler's step for a flow."""
         return self.process.add_noise(*self.solve(), s)

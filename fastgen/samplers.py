@@ -1,7 +1,7 @@
 """How a student turns noise into a sample. The same object rolls out in training, validates, evaluates and is exported.
 
-Between calls a sampler either follows the probability-flow ODE (DDIM), re-noises its clean estimate (consistency models; Song et al.
-2023, algorithm 1), or does a part of each (gamma sampling; TCD, Zheng et al. 2024, algorithm 4).
+Between calls a sampler either follows the probability-flow ODE (DDIM), re-noises its clean estimate (consistency models; Song
+et al. 2023, algorithm 1), or does a part of each (gamma sampling; TCD, Zheng et al. 2024, algorithm 4).
 """
 
 from __future__ import annotations
@@ -64,8 +64,11 @@ class FewStep(Sampler):
     """Call the network at each of `times` (decreasing, in (0, 1]) and go on to the next with noise level `gamma`.
 
     `gamma` 0 follows the ODE, 1 re-noises the clean estimate, between them goes below the next level by that share of its time
-    and diffuses back. `guidance` (diffusers convention) is 1 for a student that needs none, the embedded scale for a network
-    that embeds it, and true guidance with two predictions a call for a teacher.
+    and diffuses back; on a table it then ends where diffusers' TCDScheduler does, at the table's first entry. `guidance`
+    (diffusers convention, at least 1) is 1 for a student that needs none, the embedded scale for a network that embeds it, and
+    true guidance with two predictions a call for a teacher.
+
+    Noise is drawn as diffusers draws it, one standard normal of x's shape before every call but the first.
     """
 
     times: tuple[float, ...]
@@ -75,8 +78,10 @@ class FewStep(Sampler):
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise ValueError(f"sampling times must decrease, got {self.times}")
-        if not (0 < self.times[-1] and self.times[0] <= 1 and 0 <= self.gamma <= 1):
+        if not (self.times[-1] > 0 and self.times[0] <= 1 and 0 <= self.gamma <= 1):
             raise ValueError(f"sampling times must lie in (0, 1] and gamma in [0, 1], got {self.times} and {self.gamma}")
+        if self.guidance < 1:
+            raise UserError(f"the guidance scale of a sampler must be at least 1, which means none, not {self.guidance:g}")
 
     @property
     def steps(self) -> int:
@@ -107,6 +112,8 @@ class FewStep(Sampler):
             if watch is not None:
                 watch(prediction)
         assert prediction is not None
+        if isinstance(process, VP) and 0 < self.gamma < 1 and exit_at is None:
+            return prediction.at(torch.full_like(t, 1 / process.steps)).to(noise.dtype)
         return prediction.x0.to(noise.dtype)
 
     def _time(self, i: int, like: Tensor) -> Tensor:
@@ -123,49 +130,66 @@ class FewStep(Sampler):
         return process.diffuse(prediction.at(below), eps, below, t)
 
     def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
-        if isinstance(process, VP):
-            return self._vp_scheduler(process, kind)
-        if isinstance(process, Flow) and self.gamma in (0.0, 1.0):
-            name = "FlowMatchLCMScheduler" if self.gamma else "FlowMatchEulerDiscreteScheduler"
-            config = {"num_train_timesteps": process.timesteps, "shift": 1.0, "use_dynamic_shifting": False}
-            return SchedulerSpec(name, config, self._call({"sigmas": list(self.times)}))
-        raise UserError(f"no stock diffusers scheduler does what this sampler does (gamma {self.gamma} on {type(process).__name__})")
+        if isinstance(process, VP) and kind in PREDICTION_TYPES:
+            return self._table_scheduler(process, kind)
+        if isinstance(process, Flow) and kind == "flow" and self.gamma in (0.0, 1.0):
+            config: dict[str, Any] = {"num_train_timesteps": process.timesteps, "shift": 1.0, "shift_terminal": None}
+            config |= {"use_dynamic_shifting": False, "stochastic_sampling": self.gamma == 1.0} | OWN_SIGMAS
+            return SchedulerSpec("FlowMatchEulerDiscreteScheduler", config, self._call({"sigmas": list(self.times)}))
+        world = f"{kind} prediction on {type(process).__name__}"
+        raise UserError(f"no stock diffusers scheduler does what this sampler does (gamma {self.gamma:g}, {world})")
 
-    def _vp_scheduler(self, process: VP, kind: Kind) -> SchedulerSpec:
+    def _table_scheduler(self, process: VP, kind: Kind) -> SchedulerSpec:
+        steps, table = self.steps, process.steps
         timesteps = [int(process.timestep(torch.tensor(t, dtype=torch.float64)).round()) for t in self.times]
-        config: dict[str, Any] = {
-            "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(kind, kind),
-            "clip_sample": False,
-            "set_alpha_to_one": True,
-        }
-        even = timesteps == [round(process.steps * (1 - i / self.steps)) - 1 for i in range(self.steps)]
+        config: dict[str, Any] = {"prediction_type": PREDICTION_TYPES[kind], "clip_sample": False, "thresholding": False}
         if self.gamma == 0:
-            config |= {"timestep_spacing": "trailing"}
-            if even:
-                return SchedulerSpec("DDIMScheduler", config, self._call({"num_inference_steps": self.steps}))
-            # DDIM takes no explicit list of timesteps; TCD with eta 0 is DDIM and does.
-            return SchedulerSpec("TCDScheduler", config, self._call({"timesteps": timesteps, "eta": 0.0}))
-        if self.gamma == 1:
-            original = _original_steps(process.steps, self.steps) if even else None
-            config |= {"original_inference_steps": original or 50, "timestep_scaling": 10.0}
-            steps = {"num_inference_steps": self.steps} if original else {"timesteps": timesteps}
-            return SchedulerSpec("LCMScheduler", config, self._call(steps))
-        return SchedulerSpec("TCDScheduler", config, self._call({"timesteps": timesteps, "eta": self.gamma}))
+            # DDIM goes down by a whole stride whatever the next timestep is, so 3 steps of 1000 do not meet their own grid.
+            if timesteps == [table - 1 - i * (table // steps) for i in range(steps)] and table // steps * steps == table:
+                config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+                return SchedulerSpec("DDIMScheduler", config, self._call({"num_inference_steps": steps}))
+            # Euler's method on x / alpha is DDIM; with "leading" its first input is unit noise, with "trailing" a little less.
+            config |= {"timestep_spacing": "leading", "interpolation_type": "linear", "timestep_type": "discrete"}
+            config |= {"final_sigmas_type": "zero"} | OWN_SIGMAS
+            return SchedulerSpec("EulerDiscreteScheduler", config, self._call({"timesteps": timesteps}))
+        original = _original_steps(table, timesteps)
+        config |= {"original_inference_steps": original or min(50, table), "timestep_scaling": 10.0}
+        call: dict[str, Any] = {"num_inference_steps": steps} if original else {"timesteps": timesteps}
+        if self.gamma < 1:
+            return SchedulerSpec("TCDScheduler", config, self._call(call | {"eta": self.gamma}))
+        if timesteps[-1] < 10:
+            raise UserError(
+                "diffusers' LCMScheduler hands back its input near clean data: "
+                f"the last timestep must be at least 10, not {timesteps[-1]}"
+            )
+        return SchedulerSpec("LCMScheduler", config, self._call(call))
 
     def _call(self, steps: dict[str, Any]) -> dict[str, Any]:
         return steps | {"guidance_scale": self.guidance}
 
 
-def _original_steps(table: int, steps: int) -> int | None:
-    """A training grid for diffusers' LCMScheduler on which `steps` evenly spaced calls fall exactly, if there is one."""
-    fits = [n for n in range(50, steps - 1, -1) if table % n == 0 and n % steps == 0]
-    return fits[0] if fits else None
+PREDICTION_TYPES: dict[Kind, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+"""What diffusers' schedulers for a table call the kinds of output."""
+
+OWN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+"""Keeps a scheduler from replacing the levels that it is given."""
+
+
+def _original_steps(table: int, timesteps: list[int]) -> int | None:
+    """The `original_inference_steps` with which diffusers' LCM and TCD schedulers choose just these timesteps, if any does."""
+    for original in range(min(50, table), len(timesteps) - 1, -1):
+        stride = table // original
+        chosen = [(original - i * original // len(timesteps)) * stride - 1 for i in range(len(timesteps))]
+        if chosen == timesteps:
+            return original
+    return None
 
 
 def below_time(process: Process, t: Tensor, gamma: float) -> Tensor:
     """The time (1 - gamma) of the way up to `t`; on a table, the index that diffusers' TCDScheduler takes."""
     if isinstance(process, VP):
-        return process.time((process.timestep(t) * (1 - gamma)).floor()).to(t.dtype)
+        # In float32 whatever the times are, as diffusers multiplies.
+        return process.time((process.timestep(t).float() * (1 - gamma)).floor()).to(t.dtype)
     return t * (1 - gamma)
 
 
