@@ -1,0 +1,114 @@
+"""Several LoRA roles on one resident base network (Hu et al. 2022, with peft's layers).
+
+Which adapter is active is a plain attribute of peft's layers. It is set around every call, and `requires_grad` is never touched:
+peft's own `set_adapter` toggles it, which loses gradients when two roles are called within one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastgen.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """How roles are adapted. `alpha` None is the rank; `targets` None are the pipeline's default layers (suffixes of names)."""
+
+    rank: int = 64
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora rank must be at least 1, not {self.rank}")
+
+
+class Adapter(nn.Module):
+    """One role's LoRA weights, named after the layers they adapt ("...to_q.lora_A.weight"), and nothing of the base."""
+
+    def __init__(self, host: AdapterHost, key: str, options: LoraOptions, layers: dict[str, LoraLayer]):
+        super().__init__()
+        self.key, self.options = key, options
+        self.activate: Callable[[], AbstractContextManager[None]] = lambda: host.selected(key)
+        for name, layer in layers.items():
+            place: nn.Module = self
+            for part in name.split("."):
+                if not hasattr(place, part):
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            place.add_module("lora_A", layer.lora_A[key])
+            place.add_module("lora_B", layer.lora_B[key])
+
+
+class AdapterHost:
+    """The resident base. Between calls no adapter is active, so the base by itself is the teacher."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.active: str | None = None
+        self._adapters = 0
+
+    def add(self, role: str, options: LoraOptions, targets: Sequence[str]) -> Adapter:
+        """A new adapter that changes nothing yet. Raises UserError when no layer's name ends in one of `targets`."""
+        key = f"{role}_{self._adapters}".replace(".", "_")
+        self._adapters += 1
+        alpha = options.rank if options.alpha is None else options.alpha
+        config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(targets))
+        trained = {p for p in self.network.parameters() if p.requires_grad}
+        try:
+            inject_adapter_in_model(config, self.network, adapter_name=key)
+        except ValueError as problem:
+            raise UserError(f"lora targets {', '.join(targets)} do not fit {type(self.network).__name__}: {problem}") from problem
+        layers = {name: m for name, m in self.network.named_modules() if isinstance(m, LoraLayer) and key in m.lora_A}
+        adapter = Adapter(self, key, options, layers).float()
+        # Injection turns gradients on and off all over the network.
+        for parameter in self.network.parameters():
+            parameter.requires_grad_(parameter in trained)
+        adapter.requires_grad_(True)
+        self._select(self.active)
+        return adapter
+
+    @contextmanager
+    def selected(self, key: str | None) -> Iterator[None]:
+        """Within, the adapter `key` is active (None: the bare base); afterwards, whatever was before."""
+        before = self.active
+        self._select(key)
+        try:
+            yield
+        finally:
+            self._select(before)
+
+    def _select(self, key: str | None) -> None:
+        self.active = key
+        for module in self.network.modules():
+            if isinstance(module, LoraLayer):
+                module._disable_adapters = key is None
+                module._active_adapter = [] if key is None else [key]
+
+    def checkpoint(self, module: Callable[..., Any], *args: Any) -> Any:
+        """Gradient checkpointing whose recomputation runs with the adapter of the forward pass, whichever is active by then."""
+        key = self.active
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self.selected(key)
+
+        return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
+
+
+def without_adapters(network: nn.Module) -> nn.Module:
+    """`network` with every LoRA layer replaced, in place, by the layer it adapts."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, LoraLayer):
+            network.set_submodule(name, module.get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        network.__dict__.pop(attribute, None)
+    return network

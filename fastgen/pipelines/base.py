@@ -1,0 +1,291 @@
+"""A diffusers pipeline as methods see it: prompts to conditions, images to latents, and a denoiser for every role.
+
+Nothing here knows a model family. What a network is called with is recorded from the pipeline's own `__call__`
+(`fastgen.pipelines.recording`); a family file exists where something cannot be seen from outside.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
+from fastgen.denoiser import Condition, Denoiser, map_tensors
+from fastgen.errors import UserError
+from fastgen.pipelines.recording import CallForm, learn_form, merge, read_scheduler, record_condition
+from fastgen.pipelines.stable_diffusion import embed_guidance, with_guidance_embedding
+from fastgen.process import Kind, Process
+
+Mode = Literal["full", "lora"]
+
+PROMPTS_AT_ONCE = 16
+
+# Suffixes of the layers that LoRA adapts where the user names none; those that a network lacks are left out.
+UNET_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+TRANSFORMER_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+)
+
+
+class Pipeline:
+    """Wraps a diffusers pipeline. Make one with `Pipeline.wrap`, or with `load_pipeline` from a folder or a hub name.
+
+    `process` and `kind` are the scheduler's; `latent_shape` is one sample's, without the batch; `feature_layers` are the
+    submodules that discriminators tap by default, `lora_targets` what LoRA adapts by default. `embeds_guidance`: the base network
+    takes its guidance scale as an input. `default_guidance` is the scale that the pipeline uses when it is told none, in the
+    convention in which 1 is off. Of transformers the taps are the normalised image stream that enters a block: what a block
+    returns mixes it with the text.
+    """
+
+    handles: ClassVar[tuple[str, ...]] = ()
+    """Names of the diffusers classes that a family's subclass serves."""
+
+    process: Process
+    kind: Kind
+    latent_shape: tuple[int, ...]
+    feature_layers: tuple[str, ...]
+    lora_targets: tuple[str, ...]
+    embeds_guidance: bool
+    default_guidance: float
+
+    def __init__(
+        self,
+        diffusers: Any,
+        *,
+        roles: Mapping[str, Mode] | None = None,
+        lora: LoraOptions | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        gradient_checkpointing: bool = False,
+    ):
+        self.diffusers, self.roles, self.lora = diffusers, dict(roles or {}), lora or LoraOptions()
+        self.height, self.width = height, width
+        self.gradient_checkpointing = gradient_checkpointing
+        self.network_name = network_name(diffusers)
+        self.process, self.kind = read_scheduler(diffusers.scheduler)
+        self._freeze()
+        self.form: CallForm = learn_form(diffusers, self.network, height, width)
+        self.latent_shape, self.embeds_guidance = self.form.latent_shape, self.form.embeds_guidance
+        self.default_guidance = self._default_guidance()
+        self.feature_layers, self.lora_targets = feature_layers(self.network), lora_targets(self.network)
+        self._host: AdapterHost | None = None
+        self._nulls: dict[tuple[int | None, int | None], Condition] = {}
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+
+    @classmethod
+    def wrap(cls, diffusers: Any, **options: Any) -> Pipeline:
+        """The right family's `Pipeline` around a diffusers pipeline object; `options` are those of the constructor.
+
+        Raises UserError for a pipeline that fastgen cannot distil and for a role that is neither "full" nor "lora".
+        """
+        for role, mode in (options.get("roles") or {}).items():
+            if mode not in ("full", "lora"):
+                raise UserError(f'role {role!r} must be "full" or "lora", not {mode!r}')
+        names = {base.__name__ for base in type(diffusers).__mro__}
+        family = next((sub for sub in Pipeline.__subclasses__() if names & set(sub.handles)), Pipeline)
+        return family(diffusers, **options)
+
+    @property
+    def network(self) -> nn.Module:
+        """The base network, "unet" or "transformer"; in LoRA mode the one that all roles share."""
+        network: nn.Module = getattr(self.diffusers, self.network_name)
+        return network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base network is."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Move every component, and with them the adapters on the base; returns itself."""
+        self.diffusers.to(device)
+        self._nulls.clear()
+        return self
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], *, height: int | None = None, width: int | None = None) -> Condition:
+        """The condition of each prompt, with its unconditional twin, for images of `height` x `width` pixels.
+
+        The twin is what the pipeline itself guides away from; where it never guides, the condition of the empty prompt.
+        """
+        height, width = height or self.height, width or self.width
+        parts = []
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            some = list(prompts[start : start + PROMPTS_AT_ONCE])
+            part = record_condition(self.diffusers, self.network, self.form, some, height, width)
+            if part.null is None:
+                part.null = self._null(height, width)[[0] * len(some)]
+            parts.append(part)
+        return Condition.cat(parts)
+
+    def _null(self, height: int | None, width: int | None) -> Condition:
+        if (height, width) not in self._nulls:
+            self._nulls[height, width] = record_condition(self.diffusers, self.network, self.form, [""], height, width)
+        return self._nulls[height, width]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents [B, *latent_shape] of `images` [B, 3, H, W] in [-1, 1], float32: the posterior's mean, scaled and shifted."""
+        vae = self.diffusers.vae
+        answer = vae.encode(images.to(vae.dtype))
+        raw = answer.latent_dist.mode() if hasattr(answer, "latent_dist") else answer.latents
+        mean, scale = self._latent_statistics(raw)
+        return self.pack((raw.float() - mean) * scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of `latents`, about [-1, 1], float32; differentiable."""
+        vae = self.diffusers.vae
+        raw = self.unpack(latents)
+        mean, scale = self._latent_statistics(raw)
+        image: Tensor = vae.decode((raw / scale + mean).to(vae.dtype), return_dict=False)[0]
+        return image.float()
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """From the autoencoder's layout to the network's; the same, but in families that pack."""
+        return latents
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Inverse of `pack`."""
+        return latents
+
+    def frozen(self) -> Denoiser:
+        """The teacher: the base network without any role's adapter. Nothing of it can be trained."""
+        shared = "lora" in self.roles.values()
+        own = nn.Module() if shared else self.network
+        return Denoiser(
+            *(self.network, self.call, self.process, self.kind),
+            own=own,
+            activate=self._bare,
+            embeds_guidance=self.embeds_guidance,
+        ).eval()
+
+    def trainable(self, role: str, *, guidance_embedding: bool = False) -> Denoiser:
+        """A network that starts as the teacher and can be trained: a copy, or an adapter on the base, as `roles` says.
+
+        `guidance_embedding` gives a network without one an input for the guidance scale, at first without effect. Raises UserError
+        where that cannot be done.
+        """
+        adds_input = guidance_embedding and not self.embeds_guidance
+        if self.roles.get(role, "full") == "lora":
+            if adds_input:
+                raise UserError(
+                    f"role {role!r} cannot embed a guidance scale with LoRA, since plain diffusers could not load the new input: "
+                    f'merge one fixed guidance into the student instead, or train the role with "full"'
+                )
+            return self._adapted(role)
+        network = without_adapters(copy.deepcopy(self.network))
+        if adds_input:
+            network = with_guidance_embedding(network)
+        if self.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        network.requires_grad_(True).train()
+        embeds = self.embeds_guidance or guidance_embedding
+        return Denoiser(network, self.call, self.process, self.kind, embeds_guidance=embeds)
+
+    def _adapted(self, role: str) -> Denoiser:
+        if self._host is None:
+            self._host = AdapterHost(self.network)
+            if self.gradient_checkpointing:
+                self.network.enable_gradient_checkpointing(gradient_checkpointing_func=self._host.checkpoint)
+        adapter = self._host.add(role, self.lora, self.lora.targets or self.lora_targets)
+        return Denoiser(
+            *(self.network, self.call, self.process, self.kind),
+            own=adapter,
+            activate=adapter.activate,
+            embeds_guidance=self.embeds_guidance,
+        )
+
+    def _bare(self) -> AbstractContextManager[Any]:
+        return self._host.selected(None) if self._host else nullcontext()
+
+    def call(
+        self, network: nn.Module, xt: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Invoke `network` as the diffusers pipeline does; the answer is in the network's own precision.
+
+        `guidance` [B] goes to a network that embeds it; None means `default_guidance`.
+        """
+        dtype = base_dtype(network)
+        inputs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, condition.inputs)
+        arguments = merge(inputs, condition.shared)
+        if guidance is None:
+            guidance = xt.new_full((len(xt),), self.default_guidance, dtype=torch.float32)
+        if self.form.takes_guidance:
+            arguments["guidance"] = guidance.float()
+        width = getattr(network.config, "time_cond_proj_dim", None)
+        if width is not None:
+            arguments["timestep_cond"] = embed_guidance(guidance, width).to(dtype)
+        arguments[self.form.sample_name] = xt.to(dtype)
+        timestep = self.process.timestep(t).float() * self.form.time_scale
+        arguments[self.form.time_name] = timestep.reshape(-1).expand(len(xt))
+        output: Tensor = network(**arguments, return_dict=False)[0]
+        return output.chunk(2, 1)[0] if self.form.learns_variance else output
+
+    def _latent_statistics(self, raw: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The shift and scale with which latents = (raw - shift) * scale; `raw` is the autoencoder's [B, C, H, W]."""
+        config = self.diffusers.vae.config
+        scale = getattr(config, "scaling_factor", None) or 1.0
+        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or deviation is None:
+            return getattr(config, "shift_factor", None) or 0.0, scale
+        shape = (1, -1, *[1] * (raw.ndim - 2))
+        shift, spread = (torch.tensor(x, device=raw.device).view(shape) for x in (mean, deviation))
+        return shift, scale / spread
+
+    def _default_guidance(self) -> float:
+        parameter = inspect.signature(type(self.diffusers).__call__).parameters.get("guidance_scale")
+        default = parameter.default if parameter is not None else None
+        return float(default) + self.form.guidance_offset if isinstance(default, (int, float)) else 1.0
+
+    def _freeze(self) -> None:
+        for component in self.diffusers.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        vae = self.diffusers.vae
+        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            vae.float()
+
+
+def network_name(diffusers: Any) -> str:
+    """Which component denoises, "unet" or "transformer". Raises UserError where there is neither, or no autoencoder."""
+    present = [name for name in ("unet", "transformer") if isinstance(getattr(diffusers, name, None), nn.Module)]
+    if not present:
+        raise UserError(f"{type(diffusers).__name__} has neither a unet nor a transformer, so there is no denoiser to distil")
+    if getattr(diffusers, "vae", None) is None or getattr(diffusers, "scheduler", None) is None:
+        raise UserError(f"{type(diffusers).__name__} needs a vae and a scheduler; only latent diffusion pipelines can be distilled")
+    return present[0]
+
+
+def base_dtype(network: nn.Module) -> torch.dtype:
+    """The precision of a network's weights, whatever that of the adapters on it."""
+    return next(p.dtype for name, p in network.named_parameters() if "lora_" not in name and p.is_floating_point())
+
+
+def lora_targets(network: nn.Module) -> tuple[str, ...]:
+    """The layers that LoRA adapts by default: those known by name that this network has."""
+    names = [name for name, _ in network.named_modules()]
+    known = UNET_TARGETS if hasattr(network, "mid_block") else TRANSFORMER_TARGETS
+    return tuple(target for target in known if any(name.endswith("." + target) for name in names))
+
+
+def feature_layers(network: nn.Module) -> tuple[str, ...]:
+    """Where a discriminator looks by default: a UNet's middle, a transformer at a half and three quarters of its depth."""
+    if getattr(network, "mid_block", None) is not None:
+        return ("mid_block",)
+    blocks = []
+    for stack in ("transformer_blocks", "single_transformer_blocks", "blocks", "layers"):
+        for i, block in enumerate(getattr(network, stack, None) or ()):
+            norm = next((name for name in ("norm1", "norm") if hasattr(block, name)), None)
+            blocks.append(f"{stack}.{i}.{norm}" if norm else f"{stack}.{i}")
+    return tuple(dict.fromkeys(blocks[int(len(blocks) * depth)] for depth in (0.5, 0.75))) if blocks else ()

@@ -1,0 +1,321 @@
+"""Learning how a diffusers pipeline calls its network by letting it speak for itself.
+
+The pipeline's own `__call__` runs up to its first scheduler step with the network's `forward` and the scheduler's `step` replaced.
+Of the arguments that the network receives, the sample and the time change from step to step; the rest is the condition. What the
+pipeline hands its scheduler, next to what the network answered, tells how guidance is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from fastgen.denoiser import Condition, Nest
+from fastgen.errors import UserError
+from fastgen.process import VP, Flow, Kind, Process
+
+KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+
+PROBE_GUIDANCE = 3.0
+PROBE_LATENTS = 16
+TIME_SCALES = (1.0, 1e-3)
+
+# Arguments that the wrapped network gets anew at every call, so they are no part of a condition.
+FRESH = ("return_dict", "guidance", "timestep_cond")
+
+Guides = Literal["batched", "paired", "single"]
+"""One call with [null, condition] stacked, two calls, or one call without an unconditional part."""
+
+
+class _FirstStep(Exception):
+    """The pipeline has reached its scheduler: everything has been seen."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What happened before the first scheduler step."""
+
+    calls: list[dict[str, Any]]
+    outputs: list[Tensor]
+    handed: Tensor
+    sample: Tensor
+    timestep: Tensor
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a pipeline calls its network.
+
+    `time_scale` times a scheduler's timestep is what the network gets. `null_first` is the order of the two halves, or of the two
+    calls. `guidance_offset` plus the pipeline's scale is the scale in the convention u + g (c - u). `sizes` mirrors the arguments
+    of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none.
+    """
+
+    sample_name: str
+    time_name: str
+    time_scale: float
+    guides: Guides
+    null_first: bool
+    guidance_offset: float
+    takes_guidance: bool
+    embeds_guidance: bool
+    learns_variance: bool
+    sizes: dict[str, Nest]
+    latent_shape: tuple[int, ...]
+
+
+def read_scheduler(scheduler: Any) -> tuple[Process, Kind]:
+    """The noise process and prediction type that a diffusers scheduler stands for. Raises UserError for others than VP and flow."""
+    config, name = scheduler.config, type(scheduler).__name__
+    predicts = config.get("prediction_type", "epsilon")
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or predicts == "flow_prediction":
+        return Flow(config.get("num_train_timesteps", 1000)), "flow"
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(f"{name} is neither a variance-preserving nor a flow-matching scheduler, so its teacher cannot be distilled")
+    if predicts not in KINDS:
+        raise UserError(f"{name} has prediction_type {predicts!r}; it must be one of {', '.join(KINDS)}")
+    return VP(scheduler.alphas_cumprod), KINDS[predicts]
+
+
+def record(
+    pipeline: Any,
+    network: nn.Module,
+    prompts: Sequence[str],
+    *,
+    height: int | None,
+    width: int | None,
+    pretend: Callable[[Tensor], Tensor] | None = None,
+) -> Recording:
+    """Run `pipeline` with guidance on up to its first scheduler step. With `pretend`, that answers in the network's place."""
+    calls: list[dict[str, Any]] = []
+    outputs: list[Tensor] = []
+    reached: dict[str, Any] = {}
+    forward, step = network.forward, pipeline.scheduler.step
+    signature = inspect.signature(forward)
+
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        calls.append(arguments)
+        answer = pretend(next(iter(arguments.values()))) if pretend else forward(*args, **(kwargs | {"return_dict": False}))[0]
+        outputs.append(answer)
+        return Transformer2DModelOutput(sample=answer)
+
+    @functools.wraps(step)
+    def watched_step(*args: Any, **kwargs: Any) -> None:
+        reached.update(inspect.signature(step).bind(*args, **kwargs).arguments)
+        raise _FirstStep
+
+    with _replaced(network, "forward", watched_forward), _replaced(pipeline.scheduler, "step", watched_step), _quiet(pipeline):
+        try:
+            pipeline(**_call_arguments(pipeline, prompts, height, width))
+        except _FirstStep:
+            pass
+        finally:
+            pipeline.maybe_free_model_hooks()
+    if not calls or not reached:
+        raise UserError(f"{type(pipeline).__name__} does not call its network and scheduler in the usual way; it cannot be distilled")
+    return Recording(calls, outputs, reached["model_output"], reached["sample"], torch.as_tensor(reached["timestep"]))
+
+
+def _call_arguments(pipeline: Any, prompts: Sequence[str], height: int | None, width: int | None) -> dict[str, Any]:
+    wanted = {
+        "prompt": list(prompts),
+        "height": height,
+        "width": width,
+        "num_inference_steps": 2,
+        "guidance_scale": PROBE_GUIDANCE,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+    }
+    known = inspect.signature(type(pipeline).__call__).parameters
+    if "prompt" not in known:
+        raise UserError(f"{type(pipeline).__name__} takes no prompt; only text-conditioned pipelines can be distilled")
+    return {key: value for key, value in wanted.items() if key in known and value is not None}
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int | None) -> CallForm:
+    """Watch the pipeline denoise twice: with two prompts and its real network, small; with three, pretending, full size.
+
+    Raises UserError where the pipeline does something to the network's output that fastgen would not repeat.
+    """
+    pretend = torch.zeros_like
+    full = record(pipeline, network, ["a", "b c", "d"], height=height, width=width, pretend=pretend)
+    small = [min(x, y) for x, y in zip(_pixels(pipeline, full.sample, height, width), _small(pipeline), strict=True)]
+    real = record(pipeline, network, ["a", "b c"], height=small[0], width=small[1])
+    first, name = real.calls[0], type(pipeline).__name__
+    names = list(inspect.signature(network.forward).parameters)
+    sample, time = names[0], "timestep" if "timestep" in names else names[1]
+    if first[sample].shape[1:] != real.sample.shape[1:]:
+        raise UserError(f"{name} feeds its network more than the noisy latents (as inpainting does), which fastgen does not distil")
+    ratio = float(torch.as_tensor(first[time]).flatten()[0]) / float(real.timestep)
+    scale = next((scale for scale in TIME_SCALES if abs(ratio / scale - 1) < 1e-2), None)
+    if scale is None:
+        raise UserError(f"{name} scales the time for its network by {ratio:.4g}, which fastgen does not know")
+    guides, null_first, offset = _read_guidance(real, first[sample], name)
+    fixed = (sample, time, *FRESH)
+    takes_guidance, told = first.get("guidance") is not None, first.get("timestep_cond") is not None
+    return CallForm(
+        sample_name=sample,
+        time_name=time,
+        time_scale=scale,
+        guides=guides,
+        null_first=null_first,
+        guidance_offset=offset,
+        takes_guidance=takes_guidance,
+        embeds_guidance=takes_guidance or told,
+        learns_variance=real.outputs[0].shape[1] == 2 * first[sample].shape[1],
+        sizes={key: _sizes(first[key], full.calls[0][key], key) for key in first if key not in fixed},
+        latent_shape=tuple(full.sample.shape[1:]),
+    )
+
+
+def _pixels(pipeline: Any, sample: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+    """The resolution of a recorded call in pixels."""
+    factor = pipeline.vae_scale_factor
+    if sample.ndim >= 4:
+        return sample.shape[-2] * factor, sample.shape[-1] * factor
+    default = pipeline.default_sample_size * factor
+    return height or default, width or default
+
+
+def _small(pipeline: Any) -> tuple[int, int]:
+    return PROBE_LATENTS * pipeline.vae_scale_factor, PROBE_LATENTS * pipeline.vae_scale_factor
+
+
+def _read_guidance(real: Recording, sample: Tensor, name: str) -> tuple[Guides, bool, float]:
+    """Which outputs were combined and how: the form, whether the unconditional one comes first, and the scale's offset."""
+    outputs, handed = [_without_variance(x, sample) for x in real.outputs], _without_variance(real.handed, sample)
+    if len(outputs) == 1 and len(outputs[0]) == len(real.sample):
+        if _distance(handed, outputs[0]) > 0.02:
+            raise UserError(f"{name} changes its network's output before the scheduler sees it, in a way fastgen does not know")
+        return "single", True, 0.0
+    guides: Guides = "batched" if len(outputs) == 1 else "paired"
+    if len(outputs) > 2:
+        raise UserError(f"{name} calls its network {len(outputs)} times a step; fastgen knows one call and two")
+    a, b = outputs[0].chunk(2) if guides == "batched" else outputs
+    change = (b - a).float()
+    if float(change.abs().max()) == 0:  # A network that ignores its condition tells nothing about the order.
+        return guides, guides == "batched", 0.0
+    weight = float(((handed.float() - a.float()) * change).sum() / change.square().sum())
+    fits = {
+        PROBE_GUIDANCE: (True, 0.0),
+        PROBE_GUIDANCE + 1: (True, 1.0),
+        1 - PROBE_GUIDANCE: (False, 0.0),
+        -PROBE_GUIDANCE: (False, 1.0),
+    }
+    nearest = min(fits, key=lambda w: abs(w - weight))
+    if abs(nearest - weight) > 0.2 or _distance(handed, a + nearest * change) > 0.02:
+        raise UserError(f"{name} combines its guided outputs in a way fastgen does not know (a weight of {weight:.3g} at scale 3)")
+    return guides, *fits[nearest]
+
+
+def _without_variance(output: Tensor, sample: Tensor) -> Tensor:
+    return output.chunk(2, 1)[0] if output.shape[1] == 2 * sample.shape[1] else output
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).float().norm() / b.float().norm().clamp_min(1e-12))
+
+
+def _sizes(two: Nest, three: Nest, name: str) -> Nest:
+    """For each tensor, by which multiple its first dimension follows the batch: from the same argument at batch 2 and at 3."""
+    if isinstance(two, Tensor):
+        multiple = two.shape[0] // 2 if two.ndim else 0
+        return multiple if multiple in (1, 2) and two.shape[0] == 2 * multiple and three.shape[0] == 3 * multiple else 0
+    if isinstance(two, Mapping):
+        return {key: _sizes(two[key], three[key], f"{name}.{key}") for key in two}
+    if isinstance(two, (list, tuple)):
+        if len(two) != len(three):
+            raise UserError(f"the network's argument {name} is a list with one entry per sample, which fastgen does not know")
+        return [_sizes(x, y, f"{name}.{i}") for i, (x, y) in enumerate(zip(two, three, strict=True))]
+    return 0
+
+
+def record_condition(
+    pipeline: Any, network: nn.Module, form: CallForm, prompts: Sequence[str], height: int | None, width: int | None
+) -> Condition:
+    """The condition of `prompts` as the pipeline makes it; the unconditional twin too, where the pipeline itself guides."""
+    seen = record(pipeline, network, prompts, height=height, width=width, pretend=torch.zeros_like)
+    if form.guides == "paired":
+        yes, no = (seen.calls[1], seen.calls[0]) if form.null_first else (seen.calls[0], seen.calls[1])
+        return _condition(yes, form, None, _condition(no, form, None))
+    if form.guides == "batched":
+        halves = (1, 0) if form.null_first else (0, 1)
+        yes_half, no_half = (_condition(seen.calls[0], form, half) for half in halves)
+        return Condition(yes_half.inputs, yes_half.shared, no_half)
+    return _condition(seen.calls[0], form, None)
+
+
+def _condition(call: dict[str, Any], form: CallForm, half: int | None, null: Condition | None = None) -> Condition:
+    """One call's arguments as a condition, taking that half of every tensor which holds both."""
+    inputs, shared = {}, {}
+    for key, sizes in form.sizes.items():
+        mine, others = _split(call.get(key), sizes, half)
+        if mine is not _NOTHING:
+            inputs[key] = mine
+        if others is not _NOTHING:
+            shared[key] = others
+    return Condition(inputs, shared, null)
+
+
+_NOTHING = object()
+
+
+def _split(nest: Nest, sizes: Nest, half: int | None) -> tuple[Nest, Nest]:
+    """The part of `nest` that follows the batch, and the part that does not."""
+    if isinstance(nest, Mapping) and isinstance(sizes, Mapping) and nest:
+        parts = {key: _split(nest[key], sizes[key], half) for key in nest}
+        mine, others = ({k: p[i] for k, p in parts.items() if p[i] is not _NOTHING} for i in (0, 1))
+        return mine or _NOTHING, others or _NOTHING
+    if isinstance(nest, (list, tuple)) and any(_leaves(sizes)):
+        return [_split(x, size, half)[0] for x, size in zip(nest, sizes, strict=True)], _NOTHING
+    if isinstance(nest, Tensor) and sizes:
+        return (nest.chunk(2)[half] if half is not None and sizes == 2 else nest), _NOTHING
+    return _NOTHING, nest
+
+
+def _leaves(sizes: Nest) -> list[int]:
+    """Every number in a nest of sizes."""
+    if isinstance(sizes, Mapping):
+        return [leaf for value in sizes.values() for leaf in _leaves(value)]
+    if isinstance(sizes, (list, tuple)):
+        return [leaf for value in sizes for leaf in _leaves(value)]
+    return [sizes]
+
+
+def merge(inputs: Mapping[str, Nest], shared: Mapping[str, Nest]) -> dict[str, Nest]:
+    """The two parts of a condition as one set of arguments again."""
+    both = {**shared}
+    for key, value in inputs.items():
+        known = both.get(key)
+        both[key] = merge(value, known) if isinstance(value, Mapping) and isinstance(known, Mapping) else value
+    return both
