@@ -24,6 +24,7 @@ MAY_IMPORT = {  # room -> the rooms of fastgen that it may know; a room is a mod
     "samplers":  {"errors", "process", "denoiser"},
     "losses":    CORE,
     "critics":   CORE | {"losses"},
+    "analytic":  CORE,
     "attention": {"errors"},
     "adapters":  {"errors", "process", "denoiser", "attention"},
     "pipelines": CORE | {"adapters", "attention"},
