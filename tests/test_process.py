@@ -53,7 +53,9 @@ def test_every_kind_on_every_process_recovers_the_sample_and_the_noise(name: str
     torch.testing.assert_close(prediction.score, (alpha * x0 - xt) / sigma**2, atol=1e-4, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("zero_snr", "v"), ("zero_snr", "x0"), ("flow", "flow"), ("flow", "x0"), ("trig", "v")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("zero_snr", "v"), ("zero_snr", "x0"), ("flow", "flow"), ("flow", "x0"), ("trig", "v")]
+)
 def test_pure_noise_is_no_special_time(name: str, kind: Kind) -> None:
     process, (x0, eps), at = PROCESSES[name], pair(), filled(1.0)
     xt = process.add_noise(x0, eps, at)
