@@ -103,7 +103,7 @@ class FewStep(Sampler):
         for i in range(last + 1):
             t = self._time(i, noise)
             if prediction is None:
-                x = x * process.initial_scale(t).view(-1, *[1] * (x.ndim - 1))
+                x = (x * process.initial_scale(t).view(-1, *[1] * (x.ndim - 1))).to(noise.dtype)
             else:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and exit_at is None):
                     x = self._onward(prediction, t, generator).to(noise.dtype)
