@@ -1,0 +1,168 @@
+"""What holds for every method: who gets gradients, what stays frozen, how the student is sampled, how a run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen import methods
+from fastgen.denoiser import Denoiser
+from fastgen.errors import UserError
+from fastgen.method import Method, Player
+from fastgen.process import Kind, Process
+from tests.method_fakes import PROCESSES, FakePipeline, batches, train
+
+SMALL: dict[str, dict[str, Any]] = {  # options with which a few updates reach everything that a method has
+    "progressive": {"start_steps": 8, "stop_steps": 2, "guidance": 2.0},
+    "lcm": {"ema_decay": 0.5, "solver_steps": 2},
+    "dmd2": {"student_every": 2, "guidance": 2.0},
+}
+WORLDS: list[tuple[str, Kind]] = [("vp", "eps"), ("vp", "v"), ("flow", "flow")]
+EVERY = pytest.mark.parametrize("name", methods.names())
+WORLD = pytest.mark.parametrize(("process", "kind"), WORLDS, ids=["-".join(world) for world in WORLDS])
+
+
+def ready(name: str, process: Process, kind: Kind = "v", shape: tuple[int, ...] = (3, 4, 4), **options: Any) -> Method:
+    """A method that has been set up, and as `method.pipeline` the pipeline it was set up with."""
+    method = methods.find(name)(**(SMALL[name] | options))
+    method.pipeline = FakePipeline(process, shape, kind, default_guidance=3.0)
+    method.setup(method.pipeline)
+    return method
+
+
+def copies(denoiser: Denoiser) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in denoiser.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@EVERY
+@WORLD
+def test_only_the_mover_learns(name: str, process: str, kind: Kind) -> None:
+    method = ready(name, PROCESSES[process], kind)
+    players = {player.name: player for player in method.players()}
+    before = {key: [w.detach().clone() for w in player.weights.parameters()] for key, player in players.items()}
+    frozen = method.pipeline.frozen().state_dict()
+    base = {key: value.clone() for key, value in frozen.items()}
+    turns: list[str] = []
+
+    def check(player: Player, terms: dict[str, Tensor]) -> None:
+        turns.append(player.name)
+        assert all(term.ndim == 0 and term.isfinite() for term in terms.values()), terms
+        own = {id(weight) for weight in player.weights.parameters()}
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in player.weights.parameters())
+        others = [weight for made in method.pipeline.made.values() for weight in made.parameters() if id(weight) not in own]
+        others += [weight for other in players.values() for weight in other.weights.parameters() if id(weight) not in own]
+        others += list(method.pipeline.base.parameters())
+        assert all(weight.grad is None for weight in others)
+
+    train(method, batches(method.pipeline, 6), 6, 1e-3, after_turn=check)
+    assert set(turns) == set(players)
+    for key, player in players.items():
+        moved = [not torch.equal(a, w) for a, w in zip(before[key], player.weights.parameters(), strict=True)]
+        assert all(moved), key
+    assert same(base, frozen)
+
+
+@EVERY
+@WORLD
+def test_the_student_is_sampled_and_exported(name: str, process: str, kind: Kind) -> None:
+    method = ready(name, PROCESSES[process], kind)
+    sampler = method.sampler()
+    condition = method.pipeline.encode_prompts(["0", "1"])
+    with torch.no_grad():
+        x = sampler.sample(method.trained, torch.randn(2, 3, 4, 4), condition)
+    assert x.shape == (2, 3, 4, 4) and x.isfinite().all()
+    spec = sampler.scheduler(PROCESSES[process], kind)
+    assert spec.class_name.endswith("Scheduler") and spec.call["guidance_scale"] == 1.0
+    assert method.sampler(sampler.steps).steps == sampler.steps
+    with pytest.raises(UserError, match=r"steps.*not (for )?99"):
+        method.sampler(99)
+
+
+@EVERY
+def test_a_resumed_run_goes_on_alike(name: str) -> None:
+    def run(updates: range, method: Method) -> None:
+        source = batches(method.pipeline, 4)
+        for step in updates:
+            method.advance(step, 6)
+            for player in method.players():
+                loss = torch.stack(list(player.loss(next(source)).values())).sum()
+                weights = list(player.weights.parameters())
+                grads = torch.autograd.grad(loss, weights)
+                with torch.no_grad():
+                    for weight, grad in zip(weights, grads, strict=True):
+                        weight.sub_(1e-2 * grad)
+
+    torch.manual_seed(1)
+    straight = ready(name, PROCESSES["flow"], "flow")
+    run(range(4), straight)
+    state = straight.state()
+    saved = {player.name: {k: v.clone() for k, v in player.weights.state_dict().items()} for player in straight.players()}
+    kept = {k: {n: w.clone() for n, w in v.items()} if isinstance(v, dict) else v for k, v in state.items()}
+    random = torch.get_rng_state()
+    run(range(4, 6), straight)
+    torch.manual_seed(2)
+    resumed = ready(name, PROCESSES["flow"], "flow")
+    resumed.pipeline.base.load_state_dict(straight.pipeline.base.state_dict())
+    for player in resumed.players():
+        player.weights.load_state_dict(saved[player.name])
+    resumed.load_state(kept)
+    torch.set_rng_state(random)
+    run(range(4, 6), resumed)
+    for a, b in zip(straight.players(), resumed.players(), strict=True):
+        assert same(a.weights.state_dict(), b.weights.state_dict())
+
+
+@EVERY
+def test_a_network_that_embeds_guidance_is_told_it(name: str) -> None:
+    pipeline = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow", default_guidance=3.5, embeds_guidance=True)
+    options = {key: value for key, value in SMALL[name].items() if key != "guidance"}
+    method = methods.find(name)(**options)
+    method.setup(pipeline)
+    assert method.sampler().guidance == 3.5
+    train(method, batches(pipeline, 4), 4, 1e-3)
+    assert method.trained.network.told.weight.ne(pipeline.base.told.weight).any()
+
+
+@EVERY
+def test_every_option_has_a_line_of_help(name: str) -> None:
+    cls = methods.find(name)
+    for each in dataclasses.fields(cls):
+        assert 10 < len(each.metadata["help"]) < 100, each.name
+    first_line = (cls.__doc__ or "").split("\n")[0]
+    assert re.search(r"\(.* 20\d\d.*\)", first_line), "the first line names the paper"
+
+
+def test_names_and_nearest() -> None:
+    assert {"progressive", "lcm", "dmd2"} <= set(methods.names())
+    assert methods.names() == sorted(methods.names())
+    with pytest.raises(UserError, match="no method 'dmd3'; did you mean 'dmd2'"):
+        methods.find("dmd3")
+    with pytest.raises(UserError, match="there are .*lcm"):
+        methods.find("qqqqqqqq")
+    with pytest.raises(UserError, match="no method 'os.path'"):
+        methods.find("os.path")
+
+
+def test_installed_packages_add_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("other", "fastgen.methods.lcm:LCM", methods.GROUP),
+        EntryPoint("broken", "no_such_package:Method", methods.GROUP),
+        EntryPoint("wrong", "fastgen.errors:UserError", methods.GROUP),
+    ]
+    monkeypatch.setattr(methods, "entry_points", lambda group: points if group == "fastgen.methods" else [])
+    assert {"other", "lcm"} <= set(methods.names())
+    assert methods.find("other") is methods.find("lcm")
+    with pytest.raises(UserError, match="'broken' from no_such_package:Method cannot be imported"):
+        methods.find("broken")
+    with pytest.raises(UserError, match="'wrong' .* is not a subclass"):
+        methods.find("wrong")
