@@ -1,11 +1,12 @@
 """Several LoRA roles on one resident base network (Hu et al. 2022, with peft's layers).
 
-Which adapter is active is a plain attribute of peft's layers. It is set around every call, and `requires_grad` is never touched:
-peft's own `set_adapter` toggles it, which loses gradients when two roles are called within one graph.
+Which adapter is active is a plain attribute of peft's layers. It is set around every call, and `requires_grad` is never
+touched: peft's own `set_adapter` toggles it, which loses gradients when two roles are called within one graph.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,8 +38,7 @@ class Adapter(nn.Module):
 
     def __init__(self, host: AdapterHost, key: str, options: LoraOptions, layers: dict[str, LoraLayer]):
         super().__init__()
-        self.key, self.options = key, options
-        self.activate: Callable[[], AbstractContextManager[None]] = lambda: host.selected(key)
+        self.host, self.key, self.options = host, key, options
         for name, layer in layers.items():
             place: nn.Module = self
             for part in name.split("."):
@@ -48,6 +48,10 @@ class Adapter(nn.Module):
             place.add_module("lora_A", layer.lora_A[key])
             place.add_module("lora_B", layer.lora_B[key])
 
+    def activate(self) -> AbstractContextManager[None]:
+        """Within, the base answers with this adapter on it."""
+        return self.host.selected(self.key)
+
 
 class AdapterHost:
     """The resident base. Between calls no adapter is active, so the base by itself is the teacher."""
@@ -56,6 +60,7 @@ class AdapterHost:
         self.network = network
         self.active: str | None = None
         self._adapters = 0
+        self._layers: list[LoraLayer] = []
 
     def add(self, role: str, options: LoraOptions, targets: Sequence[str]) -> Adapter:
         """A new adapter that changes nothing yet. Raises UserError when no layer's name ends in one of `targets`."""
@@ -65,9 +70,13 @@ class AdapterHost:
         config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(targets))
         trained = {p for p in self.network.parameters() if p.requires_grad}
         try:
-            inject_adapter_in_model(config, self.network, adapter_name=key)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                inject_adapter_in_model(config, self.network, adapter_name=key)
         except ValueError as problem:
-            raise UserError(f"lora targets {', '.join(targets)} do not fit {type(self.network).__name__}: {problem}") from problem
+            name = type(self.network).__name__
+            raise UserError(f"lora targets {', '.join(targets)} do not fit {name}: {problem}") from problem
+        self._layers = [m for m in self.network.modules() if isinstance(m, LoraLayer)]
         layers = {name: m for name, m in self.network.named_modules() if isinstance(m, LoraLayer) and key in m.lora_A}
         adapter = Adapter(self, key, options, layers).float()
         # Injection turns gradients on and off all over the network.
@@ -89,10 +98,9 @@ class AdapterHost:
 
     def _select(self, key: str | None) -> None:
         self.active = key
-        for module in self.network.modules():
-            if isinstance(module, LoraLayer):
-                module._disable_adapters = key is None
-                module._active_adapter = [] if key is None else [key]
+        for layer in self._layers:
+            layer._disable_adapters = key is None
+            layer._active_adapter = [] if key is None else [key]
 
     def checkpoint(self, module: Callable[..., Any], *args: Any) -> Any:
         """Gradient checkpointing whose recomputation runs with the adapter of the forward pass, whichever is active by then."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -41,10 +41,9 @@ class Pipeline:
     """Wraps a diffusers pipeline. Make one with `Pipeline.wrap`, or with `load_pipeline` from a folder or a hub name.
 
     `process` and `kind` are the scheduler's; `latent_shape` is one sample's, without the batch; `feature_layers` are the
-    submodules that discriminators tap by default, `lora_targets` what LoRA adapts by default. `embeds_guidance`: the base network
-    takes its guidance scale as an input. `default_guidance` is the scale that the pipeline uses when it is told none, in the
-    convention in which 1 is off. Of transformers the taps are the normalised image stream that enters a block: what a block
-    returns mixes it with the text.
+    submodules that discriminators tap by default, `lora_targets` what LoRA adapts by default. `embeds_guidance`: the base
+    network takes its guidance scale as an input. `default_guidance` is the scale that the pipeline uses when it is told none;
+    1 is off.
     """
 
     handles: ClassVar[tuple[str, ...]] = ()
@@ -81,7 +80,7 @@ class Pipeline:
         self._host: AdapterHost | None = None
         self._nulls: dict[tuple[int | None, int | None], Condition] = {}
         if gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            checkpoint_blocks(self.network)
 
     @classmethod
     def wrap(cls, diffusers: Any, **options: Any) -> Pipeline:
@@ -95,6 +94,10 @@ class Pipeline:
         names = {base.__name__ for base in type(diffusers).__mro__}
         family = next((sub for sub in Pipeline.__subclasses__() if names & set(sub.handles)), Pipeline)
         return family(diffusers, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        """Copies of a denoiser go on sharing the pipeline that calls it."""
+        return self
 
     @property
     def network(self) -> nn.Module:
@@ -173,14 +176,14 @@ class Pipeline:
     def trainable(self, role: str, *, guidance_embedding: bool = False) -> Denoiser:
         """A network that starts as the teacher and can be trained: a copy, or an adapter on the base, as `roles` says.
 
-        `guidance_embedding` gives a network without one an input for the guidance scale, at first without effect. Raises UserError
-        where that cannot be done.
+        `guidance_embedding` gives a network without one an input for the guidance scale, at first without effect. Raises
+        UserError where that cannot be done.
         """
         adds_input = guidance_embedding and not self.embeds_guidance
         if self.roles.get(role, "full") == "lora":
             if adds_input:
                 raise UserError(
-                    f"role {role!r} cannot embed a guidance scale with LoRA, since plain diffusers could not load the new input: "
+                    f"role {role!r} cannot embed a guidance scale with LoRA, which has no place for the new input: "
                     f'merge one fixed guidance into the student instead, or train the role with "full"'
                 )
             return self._adapted(role)
@@ -188,7 +191,7 @@ class Pipeline:
         if adds_input:
             network = with_guidance_embedding(network)
         if self.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            checkpoint_blocks(network)
         network.requires_grad_(True).train()
         embeds = self.embeds_guidance or guidance_embedding
         return Denoiser(network, self.call, self.process, self.kind, embeds_guidance=embeds)
@@ -197,7 +200,7 @@ class Pipeline:
         if self._host is None:
             self._host = AdapterHost(self.network)
             if self.gradient_checkpointing:
-                self.network.enable_gradient_checkpointing(gradient_checkpointing_func=self._host.checkpoint)
+                checkpoint_blocks(self.network, self._host.checkpoint)
         adapter = self._host.add(role, self.lora, self.lora.targets or self.lora_targets)
         return Denoiser(
             *(self.network, self.call, self.process, self.kind),
@@ -209,9 +212,7 @@ class Pipeline:
     def _bare(self) -> AbstractContextManager[Any]:
         return self._host.selected(None) if self._host else nullcontext()
 
-    def call(
-        self, network: nn.Module, xt: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None
-    ) -> Tensor:
+    def call(self, network: nn.Module, xt: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> Tensor:
         """Invoke `network` as the diffusers pipeline does; the answer is in the network's own precision.
 
         `guidance` [B] goes to a network that embeds it; None means `default_guidance`.
@@ -244,6 +245,8 @@ class Pipeline:
         return shift, scale / spread
 
     def _default_guidance(self) -> float:
+        if self.form.guides == "single" and not self.embeds_guidance:
+            return 1.0
         parameter = inspect.signature(type(self.diffusers).__call__).parameters.get("guidance_scale")
         default = parameter.default if parameter is not None else None
         return float(default) + self.form.guidance_offset if isinstance(default, (int, float)) else 1.0
@@ -263,8 +266,16 @@ def network_name(diffusers: Any) -> str:
     if not present:
         raise UserError(f"{type(diffusers).__name__} has neither a unet nor a transformer, so there is no denoiser to distil")
     if getattr(diffusers, "vae", None) is None or getattr(diffusers, "scheduler", None) is None:
-        raise UserError(f"{type(diffusers).__name__} needs a vae and a scheduler; only latent diffusion pipelines can be distilled")
+        raise UserError(f"{type(diffusers).__name__} lacks a vae or a scheduler; only latent diffusion can be distilled")
     return present[0]
+
+
+def checkpoint_blocks(network: Any, function: Callable[..., Any] | None = None) -> None:
+    """Recompute a network's blocks in the backward pass, through `function` or torch's own checkpointing."""
+    try:
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=function)
+    except ValueError as problem:
+        raise UserError(f"{type(network).__name__} does not support gradient checkpointing; turn it off") from problem
 
 
 def base_dtype(network: nn.Module) -> torch.dtype:
@@ -280,7 +291,10 @@ def lora_targets(network: nn.Module) -> tuple[str, ...]:
 
 
 def feature_layers(network: nn.Module) -> tuple[str, ...]:
-    """Where a discriminator looks by default: a UNet's middle, a transformer at a half and three quarters of its depth."""
+    """Where a discriminator looks by default: a UNet's middle, a transformer at a half and three quarters of its depth.
+
+    In a transformer that is the normalised stream that enters a block: what a block returns may put the text first.
+    """
     if getattr(network, "mid_block", None) is not None:
         return ("mid_block",)
     blocks = []

@@ -1,4 +1,4 @@
-"""FLUX: latents are packed, each 2 x 2 patch one token [B, tokens, 4 C], and fastgen's latents are the pipeline's own: packed."""
+"""FLUX: latents are packed, each 2 x 2 patch one token [B, tokens, 4 C]; fastgen's latents are the pipeline's own, packed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fastgen.pipelines.base import Pipeline
 
 
 class Flux(Pipeline):
-    """A FLUX.1 pipeline, guidance-distilled or not."""
+    """FLUX.1, guidance-distilled or not, and Chroma, which shares its latents."""
 
-    handles: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    handles: ClassVar[tuple[str, ...]] = ("FluxPipeline", "ChromaPipeline")
 
     def pack(self, latents: Tensor) -> Tensor:
         diffusers: Any = self.diffusers

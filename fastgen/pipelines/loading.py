@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fastgen.adapters import LoraOptions
 from fastgen.errors import UserError
@@ -88,7 +88,7 @@ def _check_index(folder: Path) -> dict[str, Any]:
         if component.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
         if entry[0] not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, str(entry[0])):
-            raise UserError(f"{file} loads {component} from {entry[0]!r}; only diffusers and transformers components are loaded")
+            raise UserError(f"{file} loads {component} from {entry[0]!r}; it must be diffusers or transformers")
         if component != "safety_checker" and not (folder / component).is_dir():
             raise UserError(f"{folder} lacks the component {component!r} that its model_index.json names")
     # The checker of images is of no use in training and often comes pickled.
@@ -96,13 +96,15 @@ def _check_index(folder: Path) -> dict[str, Any]:
 
 
 def _load_error(path: str, source: Path | None, offline: bool, problem: Exception) -> UserError:
-    reason = " ".join(str(problem).split())[:300] or type(problem).__name__
+    reason = _one_line(problem)
     if source is not None:
         if pickled := [file for file in source.glob("*/*.bin") if not list(file.parent.glob("*.safetensors"))]:
             return UserError(f"{pickled[0]} is pickled and is not read; convert it to safetensors and load {path!r} again")
         return UserError(f"pipeline {path!r} cannot be loaded: {reason}")
     if offline:
-        return UserError(f"pipeline {path!r} is neither a local folder nor in the hub's cache, and offline mode forbids a download")
+        return UserError(
+            f"pipeline {path!r} is no local folder and not in the hub's cache, and offline mode forbids a download"
+        )
     return UserError(f"pipeline {path!r} is not a local folder and cannot be loaded from the hub: {reason}")
 
 
@@ -111,30 +113,34 @@ def fuse_lora(pipeline: Any, file: str) -> None:
     path = Path(file).expanduser()
     if not path.is_file() or path.suffix != ".safetensors":
         raise UserError(f"teacher LoRA {file!r} must be an existing .safetensors file")
+    name = network_name(pipeline)
+    network = getattr(pipeline, name)
+    misfit = f"teacher LoRA {file!r} does not fit the {name} of {type(pipeline).__name__}"
+    where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name, "local_files_only": True}
     try:
-        with safe_open(path, framework="pt") as reader:
-            expected = sum(_is_factor(key) for key in reader.keys())  # noqa: SIM118: not a mapping
+        converted = pipeline.lora_state_dict(**where, unet_config=network.config)
+        pipeline.load_lora_weights(**where, adapter_name="teacher")
     except SafetensorError as problem:
         raise UserError(f"teacher LoRA {file!r} is not a safetensors file: {problem}") from problem
-    name = network_name(pipeline)
-    mismatch = UserError(f"teacher LoRA {file!r} does not fit the {name} of {type(pipeline).__name__}")
-    try:
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="teacher", local_files_only=True)
-    except (ValueError, RuntimeError, KeyError, AttributeError, IndexError) as problem:
-        reason = " ".join(str(problem).split())[:300]
-        raise UserError(f"{mismatch}: {reason}") from problem
-    loaded = sum(
-        _is_factor(key) and ".teacher." in key
-        for component in pipeline.components.values()
-        if isinstance(component, torch.nn.Module)
-        for key in component.state_dict()
-    )
-    if loaded == 0 or loaded != expected:
-        raise UserError(f"{mismatch}: of its {expected} LoRA tensors {loaded} have a place there")
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as problem:
+        raise UserError(f"{misfit}: {_one_line(problem)}") from problem
+    weights = converted[0] if isinstance(converted, tuple) else converted
+    expected = {key.removeprefix(name + ".") for key in weights if key.startswith(name + ".") and _is_factor(key)}
+    loaded = {key.replace(".teacher.", ".") for key in network.state_dict() if ".teacher." in key and _is_factor(key)}
+    strays = expected - loaded if all(".lora_A." in key or ".lora_B." in key for key in expected) else ()
+    if strays or not loaded or len(loaded) != len(expected):
+        example = f", such as {min(strays)}" if strays else ""
+        raise UserError(
+            f"{misfit}: {len(expected)} LoRA tensors of the file are named for it, {len(loaded)} places exist{example}"
+        )
     pipeline.fuse_lora(components=[c for c in pipeline._lora_loadable_modules if getattr(pipeline, c, None) is not None])
     pipeline.unload_lora_weights()
 
 
 def _is_factor(key: str) -> bool:
     """Whether a weight is one of LoRA's two low-rank factors, under any of its names."""
-    return any(part in key for part in (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "_lora.down.", "_lora.up."))
+    return any(part in key for part in (".lora_A.", ".lora_B.", "lora.down.", "lora.up.", ".lora_down.", ".lora_up."))
+
+
+def _one_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:300] or type(problem).__name__

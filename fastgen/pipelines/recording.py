@@ -1,8 +1,8 @@
 """Learning how a diffusers pipeline calls its network by letting it speak for itself.
 
-The pipeline's own `__call__` runs up to its first scheduler step with the network's `forward` and the scheduler's `step` replaced.
-Of the arguments that the network receives, the sample and the time change from step to step; the rest is the condition. What the
-pipeline hands its scheduler, next to what the network answered, tells how guidance is done.
+The pipeline's own `__call__` runs up to its first scheduler step, with the network's `forward` and the scheduler's `step`
+replaced. Of the arguments that the network receives, the sample and the time change from step to step; the rest is the
+condition. What the pipeline hands its scheduler, next to what the network answered, tells how guidance is done.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Recording:
 class CallForm:
     """How a pipeline calls its network.
 
-    `time_scale` times a scheduler's timestep is what the network gets. `null_first` is the order of the two halves, or of the two
-    calls. `guidance_offset` plus the pipeline's scale is the scale in the convention u + g (c - u). `sizes` mirrors the arguments
-    of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none.
+    `time_scale` times a scheduler's timestep is what the network gets. `null_first` is the order of the two halves, or of the
+    two calls. `guidance_offset` plus the pipeline's scale is the scale in the convention u + g (c - u). `sizes` mirrors the
+    arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none.
     """
 
     sample_name: str
@@ -73,13 +73,16 @@ class CallForm:
 
 
 def read_scheduler(scheduler: Any) -> tuple[Process, Kind]:
-    """The noise process and prediction type that a diffusers scheduler stands for. Raises UserError for others than VP and flow."""
+    """The noise process and prediction type that a diffusers scheduler stands for.
+
+    Raises UserError for processes other than variance-preserving ones and rectified flow.
+    """
     config, name = scheduler.config, type(scheduler).__name__
     predicts = config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or predicts == "flow_prediction":
         return Flow(config.get("num_train_timesteps", 1000)), "flow"
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(f"{name} is neither a variance-preserving nor a flow-matching scheduler, so its teacher cannot be distilled")
+        raise UserError(f"{name} is neither a variance-preserving nor a flow-matching scheduler; it cannot be distilled")
     if predicts not in KINDS:
         raise UserError(f"{name} has prediction_type {predicts!r}; it must be one of {', '.join(KINDS)}")
     return VP(scheduler.alphas_cumprod), KINDS[predicts]
@@ -122,7 +125,7 @@ def record(
         finally:
             pipeline.maybe_free_model_hooks()
     if not calls or not reached:
-        raise UserError(f"{type(pipeline).__name__} does not call its network and scheduler in the usual way; it cannot be distilled")
+        raise UserError(f"{type(pipeline).__name__} calls no network and scheduler in the usual way; it cannot be distilled")
     return Recording(calls, outputs, reached["model_output"], reached["sample"], torch.as_tensor(reached["timestep"]))
 
 
@@ -175,7 +178,7 @@ def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int
     names = list(inspect.signature(network.forward).parameters)
     sample, time = names[0], "timestep" if "timestep" in names else names[1]
     if first[sample].shape[1:] != real.sample.shape[1:]:
-        raise UserError(f"{name} feeds its network more than the noisy latents (as inpainting does), which fastgen does not distil")
+        raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
     ratio = float(torch.as_tensor(first[time]).flatten()[0]) / float(real.timestep)
     scale = next((scale for scale in TIME_SCALES if abs(ratio / scale - 1) < 1e-2), None)
     if scale is None:
@@ -234,7 +237,7 @@ def _read_guidance(real: Recording, sample: Tensor, name: str) -> tuple[Guides, 
     }
     nearest = min(fits, key=lambda w: abs(w - weight))
     if abs(nearest - weight) > 0.2 or _distance(handed, a + nearest * change) > 0.02:
-        raise UserError(f"{name} combines its guided outputs in a way fastgen does not know (a weight of {weight:.3g} at scale 3)")
+        raise UserError(f"{name} combines its guided outputs in an unknown way (a weight of {weight:.3g} at scale 3)")
     return guides, *fits[nearest]
 
 

@@ -14,7 +14,7 @@ GUIDANCE_WIDTH = 256
 
 
 def embed_guidance(scale: Tensor, width: int) -> Tensor:
-    """The sinusoidal embedding [B, width] of guidance scales [B] (1 = off) that diffusers' pipelines feed as `timestep_cond`."""
+    """The sinusoidal embedding [B, width] of guidance scales [B] (1 = off) that diffusers feeds as `timestep_cond`."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=scale.device, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
     angles = (scale.float() - 1)[:, None] * 1000 * frequencies
@@ -22,7 +22,7 @@ def embed_guidance(scale: Tensor, width: int) -> Tensor:
     return nn.functional.pad(embedding, (0, width % 2))
 
 
-def with_guidance_embedding(network: nn.Module) -> nn.Module:
+def with_guidance_embedding(network: Any) -> nn.Module:
     """`network`, a UNet, rebuilt with an input for the guidance scale whose weights are zero: it still answers the same.
 
     Raises UserError for any other network.
@@ -32,8 +32,8 @@ def with_guidance_embedding(network: nn.Module) -> nn.Module:
             f"{type(network).__name__} has no input for a guidance scale and cannot be given one: "
             f"merge one fixed guidance into the student instead"
         )
-    kind: Any = type(network)
-    rebuilt: nn.Module = kind.from_config({**network.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    rebuilt: nn.Module = type(network).from_config(config | {"time_cond_proj_dim": GUIDANCE_WIDTH})
     weights: dict[str, Tensor] = network.state_dict()
     weights["time_embedding.cond_proj.weight"] = torch.zeros_like(rebuilt.get_parameter("time_embedding.cond_proj.weight"))
     rebuilt.load_state_dict(weights)
