@@ -39,7 +39,7 @@ def autoencoder_loss(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 def train_autoencoder(
     updates: int, *, batch: int = 32, lr: float = 2e-3, seed: int = 0, report: Callable[[int, dict[str, float]], None]
 ) -> AutoencoderKL:
-    """Train from scratch; the returned model's `scaling_factor` and `shift_factor` make latents zero-mean and unit-variance."""
+    """Train from scratch; the returned model's `scaling_factor` brings latents to unit mean square."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     autoencoder = build_autoencoder()
@@ -58,5 +58,5 @@ def train_autoencoder(
     autoencoder.eval()
     with torch.no_grad():
         latents = autoencoder.encode(render(sample_scenes(512, generator), generator)).latent_dist.mean
-    autoencoder.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    autoencoder.register_to_config(scaling_factor=1 / latents.square().mean().sqrt().item())
     return autoencoder

@@ -56,9 +56,9 @@ class Scenes:
         return Scenes(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
-def is_held_out(shape: Tensor, colour: Tensor, texture: Tensor) -> Tensor:
-    """Whether an object's combination of shape, colour and texture is kept out of training (9 of 96 are)."""
-    return (shape * 7 + colour * 3 + texture * 5) % 11 == 4
+def is_held_out(shape: Tensor, colour: Tensor, texture: Tensor, size: Tensor, background: Tensor) -> Tensor:
+    """Whether this kind of object on this background is kept out of training (an eleventh of the 960 combinations is)."""
+    return (shape * 7 + colour * 3 + texture * 5 + size * 2 + background * 8) % 11 == 4
 
 
 def sample_scenes(number: int, generator: torch.Generator, *, split: str = "train", objects: int | None = None) -> Scenes:
@@ -77,18 +77,17 @@ def sample_scenes(number: int, generator: torch.Generator, *, split: str = "trai
 
     count = draw(2, number) + 1 if objects is None else torch.full((number,), objects)
     second = (count == 2).long()
-    present = torch.stack([torch.ones_like(second), second], 1)
-    shape, colour, texture = draw(len(SHAPES), number, 2), draw(len(COLOURS), number, 2), draw(len(TEXTURES), number, 2)
+    background = draw(len(BACKGROUNDS), number)
     wanted = torch.zeros(number, 2, dtype=torch.bool)
     if split == "held-out":
         wanted[torch.arange(number), draw(2, number) * second] = True
-        wanted |= draw(4, number, 2) == 0
-        wanted[:, 0] |= second == 0
-    while (wrong := is_held_out(shape, colour, texture) != wanted).any():
-        size = int(wrong.sum())
-        shape[wrong], colour[wrong], texture[wrong] = draw(len(SHAPES), size), draw(len(COLOURS), size), draw(len(TEXTURES), size)
-    sizes, axis, background = draw(len(SIZES), number, 2), draw(len(AXES), number) * second, draw(len(BACKGROUNDS), number)
-    return Scenes(count, shape * present, colour * present, sizes * present, texture * present, axis, background)
+        wanted |= (draw(4, number, 2) == 0) & (second == 1)[:, None]
+    kinds = [draw(len(names), number, 2) for names in (SHAPES, COLOURS, TEXTURES, SIZES)]
+    while (wrong := is_held_out(*kinds, background[:, None]) != wanted).any():
+        for kind, names in zip(kinds, (SHAPES, COLOURS, TEXTURES, SIZES), strict=True):
+            kind[wrong] = draw(len(names), int(wrong.sum()))
+    shape, colour, texture, size = (kind * torch.stack([torch.ones_like(second), second], 1) for kind in kinds)
+    return Scenes(count, shape, colour, size, texture, draw(len(AXES), number) * second, background)
 
 
 def render(scenes: Scenes, generator: torch.Generator) -> Tensor:
