@@ -23,7 +23,7 @@ PATCH = 8
 
 
 def corrupt(images: Tensor, generator: torch.Generator, *, probability: float = 0.12) -> tuple[Tensor, Tensor]:
-    """Damage each image by each corruption with `probability`: images [B, 3, H, W] in [-1, 1] and strengths [B, 7] in [0, 1]."""
+    """Damage each image by each corruption with `probability`: images [B, 3, H, W] in [-1, 1], strengths [B, 7] in [0, 1]."""
     images, strengths = images.clone(), torch.zeros(len(images), len(CORRUPTIONS))
     donors = images.clone()
     for k, name in enumerate(CORRUPTIONS):

@@ -1,8 +1,8 @@
 """The toy world's checker: a small network that reads a scene back from its picture, and tells a clean picture from mush.
 
-It serves twice. Its answers give strict accuracy (is everything the caption asked for there?), and the vector before its heads is
-the feature space of the toy Fréchet distance, kernel distance, precision and recall. It is trained on damaged renders too, with
-heads that predict how strong each kind of damage is, so that the features move when a picture degrades.
+It serves twice. Its answers give strict accuracy (is everything the caption asked for there?), and the vector before its heads
+is the feature space of the toy Fréchet distance, kernel distance, precision and recall. It is trained on damaged renders too,
+with heads that predict how strong each kind of damage is, so that the features move when a picture degrades.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fastgen.data.toy.scenes import (
 from fastgen.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights" / "reader"
+CALIBRATION = 2000
 OBJECT_HEADS = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "texture": len(TEXTURES)}
 SCENE_HEADS = {"count": 4, "axis": len(AXES), "background": len(BACKGROUNDS)}
 """`count` 0 is an empty picture and 3 stands for more than two objects; neither occurs in the toy world itself."""
@@ -78,7 +79,9 @@ class SceneReader(nn.Module):
         )
         grid = (IMAGE_SIZE // 4) ** 2
         self.squeeze = _convolution(high, 16, size=1)
-        self.layout = nn.Sequential(nn.Linear(16 * grid, 2 * config.layout), nn.SiLU(), nn.Linear(2 * config.layout, config.layout))
+        self.layout = nn.Sequential(
+            nn.Linear(16 * grid, 2 * config.layout), nn.SiLU(), nn.Linear(2 * config.layout, config.layout)
+        )
         self.context = nn.Linear(config.layout, high)
         self.position = nn.Parameter(torch.randn(high, IMAGE_SIZE // 4, IMAGE_SIZE // 4) * 0.02)
         self.where = nn.Conv2d(high, 2, 1)
@@ -87,6 +90,8 @@ class SceneReader(nn.Module):
         self.object_heads = nn.ModuleDict({name: nn.Linear(config.slot, size) for name, size in OBJECT_HEADS.items()})
         self.scene_heads = nn.ModuleDict({name: nn.Linear(config.features, size) for name, size in SCENE_HEADS.items()})
         self.corruption_head = nn.Linear(config.features, len(CORRUPTIONS))
+        self.register_buffer("centre", torch.zeros(config.features))
+        self.register_buffer("spread", torch.ones(config.features))
 
     def features(self, images: Tensor) -> Tensor:
         """The vector before the heads, [B, 160]: first object, second object, layout."""
@@ -108,11 +113,19 @@ class SceneReader(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.heads(self.features(images))
 
+    def measures(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What distances are taken of: features with mean 0 and deviation 1 over clean renders [B, 160], and predicted damage
+        [B, 7] in [0, 1]."""
+        features = self.features(images)
+        damage = self.corruption_head(F.silu(features)).sigmoid()
+        return (features - self.get_buffer("centre")) / self.get_buffer("spread"), damage
 
-@torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250) -> Tensor:
-    """Apply `function` to slices of `images` and join what it returns."""
-    return torch.cat([function(part) for part in images.split(size)])
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """Take mean and deviation of the features from clean renders."""
+        features = torch.cat([self.features(some) for some in images.split(250)])
+        self.get_buffer("centre").copy_(features.mean(0))
+        self.get_buffer("spread").copy_(features.std(0))
 
 
 @torch.no_grad()
@@ -259,9 +272,9 @@ def train_reader(
             break
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, (update + 1) / 100) * max(0.0, 1 - done)
-        images, *labels = training_batch(batch, generator)
+        images, scenes, strengths, weight = training_batch(batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = reader_loss(reader, images.contiguous(memory_format=torch.channels_last), *labels)
+            losses = reader_loss(reader, images.contiguous(memory_format=torch.channels_last), scenes, strengths, weight)
         optimiser.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 5.0)
@@ -269,5 +282,8 @@ def train_reader(
         average.update_parameters(reader)
         if report is not None and update % 50 == 0:
             report(update, {name: loss.item() for name, loss in losses.items()})
-    trained: SceneReader = average.module
-    return trained.eval().requires_grad_(False)
+    trained = average.module
+    assert isinstance(trained, SceneReader)
+    trained.eval().requires_grad_(False)
+    trained.calibrate(render(sample_scenes(CALIBRATION, generator), generator))
+    return trained
