@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         for name, layer in layers.items():
             place: nn.Module = self
             for part in name.split("."):
-                if not hasattr(place, part):
+                if part not in place._modules:
                     place.add_module(part, nn.Module())
                 place = place.get_submodule(part)
             place.add_module("lora_A", layer.lora_A[key])

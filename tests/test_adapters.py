@@ -111,7 +111,7 @@ def test_checkpointing_really_recomputes() -> None:
     student, fake = pipeline.trainable("student"), stir(pipeline.trainable("fake"), 2)
     calls: list[str | None] = []
     host = student.own.host
-    pipeline.network.mid_block.resnets[0].register_forward_pre_hook(lambda *_: calls.append(host.active))
+    pipeline.network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(host.active))
     xt, t, condition = question(pipeline)
     loss = fake(student(xt, t, condition).x0, t, condition).x0.square().mean()
     assert calls == [student.own.key, fake.own.key]

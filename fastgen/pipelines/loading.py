@@ -6,12 +6,14 @@ Weights are read from safetensors files alone, and no code that comes with a mod
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from fastgen.adapters import LoraOptions
@@ -118,8 +120,9 @@ def fuse_lora(pipeline: Any, file: str) -> None:
     misfit = f"teacher LoRA {file!r} does not fit the {name} of {type(pipeline).__name__}"
     where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name, "local_files_only": True}
     try:
-        converted = pipeline.lora_state_dict(**where, unet_config=network.config)
-        pipeline.load_lora_weights(**where, adapter_name="teacher")
+        with _silence():
+            converted = pipeline.lora_state_dict(**where, unet_config=network.config)
+            pipeline.load_lora_weights(**where, adapter_name="teacher")
     except SafetensorError as problem:
         raise UserError(f"teacher LoRA {file!r} is not a safetensors file: {problem}") from problem
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as problem:
@@ -129,12 +132,23 @@ def fuse_lora(pipeline: Any, file: str) -> None:
     loaded = {key.replace(".teacher.", ".") for key in network.state_dict() if ".teacher." in key and _is_factor(key)}
     strays = expected - loaded if all(".lora_A." in key or ".lora_B." in key for key in expected) else ()
     if strays or not loaded or len(loaded) != len(expected):
-        example = f", such as {min(strays)}" if strays else ""
-        raise UserError(
-            f"{misfit}: {len(expected)} LoRA tensors of the file are named for it, {len(loaded)} places exist{example}"
+        reason = (
+            f"it has no place for {min(strays)}" if strays else f"{len(loaded)} of {len(expected)} LoRA tensors have a place"
         )
+        raise UserError(f"{misfit}: {reason}")
     pipeline.fuse_lora(components=[c for c in pipeline._lora_loadable_modules if getattr(pipeline, c, None) is not None])
     pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No log lines from diffusers: what goes wrong within is told in our own sentence."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _is_factor(key: str) -> bool:
