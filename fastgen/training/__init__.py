@@ -1,0 +1,3 @@
+"""Training: the loop, checkpoints, averaged weights, sample grids, and whole runs."""
+
+from __future__ import annotations

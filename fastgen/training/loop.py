@@ -1,0 +1,305 @@
+"""The training loop, the same for every method: its players take turns.
+
+A turn: only the mover's weights require a gradient, its loss is computed on micro-batches, gradients are averaged over the
+processes, clipped, and applied. Networks stay unwrapped (no DDP), since losses call them as often as they like, in one
+another's graphs. accelerate gives the processes, the device, mixed precision and trackers; accumulation is done here, because
+several optimisers alternate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fastgen.config import TrainConfig
+from fastgen.data.source import Source
+from fastgen.errors import UserError
+from fastgen.method import Method, Player
+from fastgen.training import checkpoint
+from fastgen.training.ema import EMA
+from fastgen.training.grids import Grids
+from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank, wait
+from fastgen.training.metrics import Averages, MetricsFile
+from fastgen.training.progress import Reporter
+from fastgen.training.random_state import random_state, set_random_state
+
+__all__ = ["Interrupted", "Trainer", "average_gradients"]
+
+SKIP_LIMIT = 20
+BUCKET = 2**26
+
+
+@dataclass
+class Turn:
+    """A player with its trainable weights and optimiser, and how many of its steps were skipped (in all, and in a row)."""
+
+    player: Player
+    weights: list[nn.Parameter]
+    optimizer: torch.optim.AdamW
+    skipped: Tensor
+    in_a_row: Tensor
+
+
+class Trainer:
+    """Trains the players of a method that has been set up."""
+
+    def __init__(
+        self,
+        method: Method,
+        data: Source,
+        options: TrainConfig,
+        *,
+        run_directory: Path | None = None,
+        device: torch.device | str | None = None,
+        accelerator: Accelerator | None = None,
+        grids: Grids | None = None,
+        reporter: Reporter | None = None,
+        texts: Mapping[str, str] | None = None,
+    ):
+        """`run_directory` is where metrics and checkpoints go; without one nothing is written. `texts` (file name to content)
+        are put into every checkpoint. `device` is accelerate's choice by default. `reporter` says nothing by default.
+        """
+        self.method, self.data, self.options, self.run_directory = method, data, options, run_directory
+        self.accelerator = accelerator or make_accelerator(options.precision, device)
+        self.device = torch.device(device) if device else self.accelerator.device
+        self.grids, self.reporter, self.texts = grids, reporter or Reporter(quiet=True), dict(texts or {})
+        self.step, self.total, self.started = 0, options.steps, 0
+        self.averages = Averages()
+        self.metrics = MetricsFile(run_directory / "metrics.jsonl") if run_directory and rank() == 0 else None
+        self.start_players()
+        self.share_weights()
+        self.ema = self.start_ema()
+
+    # -- players ----------------------------------------------------------------------------------
+
+    def start_players(self) -> None:
+        """Fresh optimisers for the method's players. What is trainable now is what moves from here on."""
+        self.started = self.step
+        self.turns: list[Turn] = []
+        for player in self.method.players():
+            weights = [weight for weight in player.weights.parameters() if weight.requires_grad]
+            if not weights:
+                raise ValueError(f"player {player.name!r} has no trainable weights")
+            options = self.options
+            optimizer = torch.optim.AdamW(
+                weights, lr=options.lr * player.lr_scale, betas=options.betas, weight_decay=options.weight_decay, fused=True
+            )
+            device = weights[0].device
+            self.turns.append(Turn(player, weights, optimizer, torch.zeros((), device=device), torch.zeros((), device=device)))
+
+    def start_ema(self) -> EMA | None:
+        return EMA(self.method.trained, self.options.ema) if self.options.ema else None
+
+    def share_weights(self) -> None:
+        """Every process starts from the weights of the first."""
+        if processes() > 1:
+            for turn in self.turns:
+                for value in checkpoint.weights_of(turn.player.weights).values():
+                    dist.broadcast(value.detach(), 0)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train from the update that is due to the last, with metrics, grids and checkpoints on the way.
+
+        Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written, and UserError when training has broken down.
+        """
+        self.reporter.start(self.step, self.total)
+        with self.reporter, Interrupts() as interrupts:
+            while self.step < self.total:
+                self.update()
+                losses = self.log() if self.is_due(self.options.log_every) else None
+                self.reporter.advance(self.step, losses)
+                if self.grids is not None and self.is_due(self.options.sample_every):
+                    self.grids.draw(self.method, self.step, self.ema)
+                caught = interrupts.agreed(self.device)
+                if caught or self.is_due(self.options.checkpoint_every):
+                    self.save()
+                if caught:
+                    raise Interrupted(caught, self.step)
+
+    def is_due(self, every: int) -> bool:
+        """Whether what happens every so many updates, and at the end, happens now."""
+        return self.step == self.total or (every > 0 and self.step % every == 0)
+
+    def update(self) -> None:
+        """One update: every player whose turn it is moves once."""
+        if self.method.advance(self.step, self.total):
+            self.start_players()
+            self.ema = self.start_ema()
+        for turn in self.turns:
+            if (self.step + 1) % turn.player.every == 0:
+                self.move(turn)
+        if self.ema is not None:
+            self.ema.update()
+        self.step += 1
+
+    def move(self, turn: Turn) -> None:
+        """One optimiser step of one player."""
+        player, parts = turn.player, self.options.micro_batches
+        self.thaw(turn)
+        for _ in range(parts):
+            batch = self.data.batch(self.options.batch // parts)
+            with self.accelerator.autocast():
+                terms = player.loss(batch)
+            self.accelerator.backward(sum(terms.values(), torch.zeros((), device=self.device)) / parts)
+            for name, term in terms.items():
+                self.averages.add(f"{player.name}/{name}", term)
+        average_gradients(turn.weights)
+        self.apply(turn)
+        self.thaw(None)
+
+    def thaw(self, mover: Turn | None) -> None:
+        """Let gradients reach only the mover's weights; None: every player's, as before training. No gradient outlives this."""
+        for turn in self.turns:
+            for weight in turn.weights:
+                weight.requires_grad_(mover is None or turn is mover)
+                weight.grad = None
+
+    def apply(self, turn: Turn) -> None:
+        """Clip and step; a gradient that is not finite moves nothing and is counted, on the device, without waiting for it."""
+        options = self.options
+        grads = [weight.grad for weight in turn.weights if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).to(turn.skipped.device)
+        if options.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(turn.weights, options.max_grad_norm, norm)
+        bad = 1 - torch.isfinite(norm).float()
+        for group in turn.optimizer.param_groups:
+            group["lr"] = options.lr * turn.player.lr_scale * self.warmup()
+        # What torch's GradScaler sets: a fused optimiser leaves weights and moments alone where it is 1.
+        turn.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        turn.optimizer.step()
+        turn.skipped += bad
+        turn.in_a_row = (turn.in_a_row + 1) * bad
+        self.averages.add(f"{turn.player.name}/gradient_norm", norm)
+        if self.device.type == "cpu" or (self.step + 1) % options.log_every == 0:
+            self.check(turn)
+
+    def check(self, turn: Turn) -> None:
+        if turn.in_a_row >= SKIP_LIMIT:
+            saved = self.run_directory and checkpoint.latest_good(self.run_directory)
+            raise UserError(
+                f"the gradient of player '{turn.player.name}' was not finite {int(turn.in_a_row)} times in a row, up to update "
+                f"{self.step + 1}: train.lr = {self.options.lr:g} is too high or an input is not a number; "
+                + (f"the last checkpoint is {saved}" if saved else "nothing was saved")
+            )
+
+    def warmup(self) -> float:
+        """What the learning rates are multiplied by in this update."""
+        return min(1.0, (self.step - self.started + 1) / self.options.warmup) if self.options.warmup else 1.0
+
+    def log(self) -> dict[str, float]:
+        """The means since the last line, written to the metrics and to the trackers."""
+        values = self.averages.take()
+        for turn in self.turns:
+            self.check(turn)
+            if skipped := int(turn.skipped):
+                values[f"{turn.player.name}/skipped"] = skipped
+        values["lr"] = self.options.lr * min(1.0, (self.step - self.started) / max(1, self.options.warmup))
+        if self.metrics is not None:
+            self.metrics.write(self.step, {**values, "time": round(time.time(), 2)})
+        self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=self.step)
+        return values
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of everything a resumed run needs, under the run directory."""
+        if self.run_directory is None:
+            return None
+        folder, main = self.run_directory / "checkpoints", rank() == 0
+        partial = checkpoint.begin(folder, self.step) if main else folder / f".step-{self.step:08d}.partial"
+        wait()
+        checkpoint.write(partial, f"random-{rank():05d}", random_state(self.device))
+        wait()
+        if main:
+            state: dict[str, Any] = {
+                "step": self.step,
+                "total": self.total,
+                "started": self.started,
+                "processes": processes(),
+                "threads": torch.get_num_threads(),
+                "data": self.data.state(),
+                "averages": self.averages.state(),
+                "ema": None if self.ema is None else self.ema.updates,
+                "skipped": {turn.player.name: [int(turn.skipped), int(turn.in_a_row)] for turn in self.turns},
+            }
+            tensors: dict[str, Tensor] = {}
+            state["method"] = checkpoint.split(self.method.state(), "method", tensors)
+            checkpoint.write(partial, "method", tensors)
+            optimizers = state["optimizers"] = {}
+            for turn in self.turns:
+                name, tensors = turn.player.name, {}
+                optimizers[name] = checkpoint.pack_optimizer(turn.optimizer, tensors)
+                checkpoint.write(partial, f"optimizer-{name}", tensors)
+                checkpoint.write(partial, f"player-{name}", checkpoint.weights_of(turn.player.weights))
+            if self.ema is not None:
+                checkpoint.write(partial, "ema", self.ema.tensors())
+            checkpoint.finish(partial, state, self.texts, keep=self.options.keep_checkpoints)
+        wait()
+        return folder / f"step-{self.step:08d}"
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint, bit by bit where the device and the number of threads and processes are the same.
+
+        Raises UserError where it is broken, naming the file, or was written by other players.
+        """
+        checkpoint.verify(path)
+        state = checkpoint.read_state(path)
+        self.step, self.started = int(state["step"]), int(state["started"])
+        self.data.load_state(state["data"])
+        self.method.load_state(checkpoint.join(state["method"], checkpoint.read(path, "method")))
+        self.start_players()
+        self.started = int(state["started"])
+        names = [turn.player.name for turn in self.turns]
+        if sorted(names) != sorted(state["optimizers"]):
+            raise UserError(f"{path}: was written by players {sorted(state['optimizers'])}, but this run has {sorted(names)}")
+        for turn in self.turns:
+            name = turn.player.name
+            checkpoint.restore(checkpoint.weights_of(turn.player.weights), path, f"player-{name}")
+            checkpoint.unpack_optimizer(turn.optimizer, state["optimizers"][name], checkpoint.read(path, f"optimizer-{name}"))
+            turn.skipped.fill_(state["skipped"][name][0])
+            turn.in_a_row.fill_(state["skipped"][name][1])
+        self.ema = self.start_ema()
+        if self.ema is not None and state["ema"] is not None:
+            checkpoint.restore(self.ema.average, path, "ema")
+            self.ema.updates = int(state["ema"])
+        self.averages.load_state(state["averages"])
+        if (path / f"random-{rank():05d}.safetensors").is_file():
+            set_random_state(checkpoint.read(path, f"random-{rank():05d}"), self.device)
+        if self.metrics is not None:
+            self.metrics.cut(self.step)
+
+
+@torch.no_grad()
+def average_gradients(weights: list[nn.Parameter]) -> None:
+    """Average gradients over the processes, in flat buckets; a weight that has one in some process counts as zero elsewhere."""
+    if processes() == 1:
+        return
+    present = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.float32, device=weights[0].device)
+    dist.all_reduce(present)
+    moved = [weight for weight, count in zip(weights, present.tolist(), strict=True) if count]
+    for weight in moved:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    bucket: list[Tensor] = []
+    for i, weight in enumerate(moved):
+        assert weight.grad is not None
+        bucket.append(weight.grad)
+        following = moved[i + 1].grad if i + 1 < len(moved) else None
+        if following is None or following.dtype != weight.grad.dtype or sum(grad.numel() for grad in bucket) > BUCKET:
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat)
+            flat /= processes()
+            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(part.view_as(grad))
+            bucket = []

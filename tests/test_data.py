@@ -1,0 +1,190 @@
+"""Prompts, pictures, the toy pool, and the order in which batches are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fastgen.config import DataConfig
+from fastgen.data.images import find_images, load_images
+from fastgen.data.prompts import read_prompts
+from fastgen.data.source import Source, load_source, toy_pool
+from fastgen.denoiser import Condition
+from fastgen.errors import UserError
+from tests.training_fakes import PROMPTS, SHAPE, FakePipeline, fake_source
+
+PIPELINE: Any = FakePipeline()
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def test_prompts_are_lines(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\n\n  a dög \n".encode())
+    assert read_prompts(file) == ["a cat", "a dög"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; it must hold one prompt a line"),
+        (b" \n\n", "is empty"),
+        (b"fine\nalso fine\nbad \xff here\n", "line 3 is not text in UTF-8"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_bad_prompt_file_is_told_in_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"prompts\.txt: {message}"):
+        read_prompts(file)
+    with pytest.raises(UserError, match="is a folder"):
+        read_prompts(tmp_path)
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 20), colour: Any = (255, 0, 0), caption: str | None = "a thing") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def test_pictures_come_sorted_with_their_captions(tmp_path: Path) -> None:
+    picture(tmp_path / "b.png", caption=" two\nlines ")
+    picture(tmp_path / "a" / "c.JPG", caption="first")
+    (tmp_path / "notes.md").write_text("no picture")
+    paths, captions = find_images(tmp_path)
+    assert [path.name for path in paths] == ["c.JPG", "b.png"] and captions == ["first", "two lines"]
+
+
+def test_pictures_are_cropped_to_the_middle_and_put_on_white(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (60, 20), (255, 0, 0))
+    wide.paste((0, 0, 255), (20, 0, 40, 20))
+    wide.save(tmp_path / "wide.png")
+    clear = picture(tmp_path / "clear.png", colour=(0, 0, 0, 0))
+    images = load_images([tmp_path / "wide.png", clear], (8, 8))
+    assert images.shape == (2, 3, 8, 8)
+    assert images[0, :, 4, 4].tolist() == [-1, -1, 1], "blue, in [-1, 1], channels first"
+    assert float(images[1].min()) == 1
+
+
+def test_bad_pictures_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no pictures"):
+        find_images(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        find_images(tmp_path / "none")
+    whole = picture(tmp_path / "one.png", size=(300, 300)).read_bytes()
+    lonely = picture(tmp_path / "two.png", caption=None)
+    with pytest.raises(UserError, match=r"two\.png: has no caption; it must be in two\.txt"):
+        find_images(tmp_path)
+    lonely.with_suffix(".txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"two\.txt: is empty"):
+        find_images(tmp_path)
+    for data in (b"not a picture", whole[: len(whole) // 2], b""):
+        lonely.write_bytes(data)
+        with pytest.raises(UserError, match=r"two\.png: is not a readable picture"):
+            load_images([tmp_path / "one.png", lonely], (8, 8))
+
+
+# -- order ----------------------------------------------------------------------------------------
+
+
+def drawn(source: Source, sizes: list[int]) -> list[int]:
+    """Which samples batches of these sizes hold, by their latents."""
+    assert source.latents is not None
+    found = []
+    for size in sizes:
+        latents = source.batch(size).latents
+        assert latents is not None
+        found += [int((source.latents == each).flatten(1).all(1).nonzero()) for each in latents]
+    return found
+
+
+def test_every_epoch_shows_each_sample_once_in_a_new_order() -> None:
+    order = drawn(fake_source(PIPELINE), [4, 4, 4, 4, 4, 2])
+    first, second = order[:11], order[11:]
+    assert sorted(first) == sorted(second) == list(range(11)) and first != second
+    assert drawn(fake_source(PIPELINE, seed=1), [11]) != first, "another seed, another order"
+    assert drawn(fake_source(PIPELINE), [22]) == order, "whatever the size of the batches"
+
+
+def test_conditions_and_latents_belong_together() -> None:
+    source = fake_source(PIPELINE)
+    everything = FakePipeline().encode_prompts(PROMPTS).inputs["text"]
+    order = drawn(fake_source(PIPELINE), [25])
+    batch = source.batch(25)
+    assert torch.equal(batch.condition.inputs["text"], everything[order]) and batch.shape == (25, *SHAPE)
+    assert batch.condition.null is not None and len(batch.condition.null) == 25
+
+
+def test_the_order_goes_on_from_a_saved_position() -> None:
+    whole = drawn(fake_source(PIPELINE), [3] * 9)
+    left = fake_source(PIPELINE)
+    drawn(left, [3] * 4)
+    found = fake_source(PIPELINE)
+    found.load_state(left.state())
+    assert drawn(found, [3] * 5) == whole[12:]
+    with pytest.raises(UserError, match="has 11 samples, but the run that is resumed had 12"):
+        found.load_state({"position": 0, "size": 12})
+
+
+def test_processes_share_each_joint_batch() -> None:
+    whole = drawn(fake_source(PIPELINE), [6, 6])
+    parts = [drawn(fake_source(PIPELINE, rank=rank, processes=2), [3, 3]) for rank in range(2)]
+    assert [*parts[0][:3], *parts[1][:3], *parts[0][3:], *parts[1][3:]] == whole
+
+
+def test_a_null_twin_that_differs_by_sample_is_kept_whole() -> None:
+    text = torch.arange(4.0)[:, None]
+    kept = Source(Condition({"text": text}, {}, Condition({"text": -text})), SHAPE)
+    lean = Source(Condition({"text": text}, {}, Condition({"text": torch.ones(4, 1)})), SHAPE)
+    assert kept.condition.null is not None and lean.condition.null is not None
+    assert (len(kept.condition.null), len(lean.condition.null)) == (4, 1)
+    batch = kept.batch(4).condition
+    assert batch.null is not None and torch.equal(batch.null.inputs["text"], -batch.inputs["text"])
+    batch = lean.batch(6).condition
+    assert batch.null is not None and torch.equal(batch.null.inputs["text"], torch.ones(6, 1))
+    assert Source(Condition({"text": text}), SHAPE).batch(2).condition.null is None
+
+
+# -- what a run describes ---------------------------------------------------------------------------
+
+
+def test_the_toy_pool_holds_the_training_split_only() -> None:
+    images, captions = toy_pool(200, seed=0)
+    assert images.shape == (200, 3, 32, 32) and len(captions) == 200 and -1 <= images.min() < images.max() <= 1
+    assert torch.equal(images, toy_pool(200, seed=0)[0]) and captions == toy_pool(200, seed=0)[1]
+    assert toy_pool(200, seed=1)[1] != captions
+
+
+def test_a_toy_source_encodes_what_is_needed() -> None:
+    toy = DataConfig(prompts="toy", images="toy")
+    both = load_source(PIPELINE, toy, {"images"}, pool=130)
+    assert len(both) == 130 and both.latents is not None and both.latents.shape == (130, *SHAPE)
+    images, captions = toy_pool(130, seed=0)
+    assert both.prompts == captions and torch.allclose(both.latents, PIPELINE.encode(images))
+    assert load_source(PIPELINE, toy, {"prompts"}, pool=5).latents is None
+
+
+def test_sources_from_files(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    picture(tmp_path / "images" / "a.png", caption="a caption")
+    data = DataConfig(prompts=str(tmp_path / "prompts.txt"), images=str(tmp_path / "images"))
+    assert load_source(PIPELINE, data, {"prompts"}).prompts == ["one", "two", "three"]
+    pictured = load_source(PIPELINE, data, {"prompts", "images"})
+    assert pictured.prompts == ["a caption"] and pictured.latents is not None
+    torch.testing.assert_close(pictured.latents[0, :3, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_data_that_a_method_lacks_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.images is missing"):
+        load_source(PIPELINE, DataConfig(prompts="toy"), {"images"})
+    with pytest.raises(UserError, match="teacher pairs"):
+        load_source(PIPELINE, DataConfig(prompts="toy"), {"pairs"})
