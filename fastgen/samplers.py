@@ -46,12 +46,14 @@ class Sampler(ABC):
         *,
         generator: torch.Generator | None = None,
         exit_at: int | None = None,
+        guidance: float | None = None,
         watch: Callable[[Prediction], None] | None = None,
     ) -> Tensor:
         """Samples x0 from unit `noise` [B, ...].
 
         With `exit_at`, stop after that call (0 is the first) and keep the graph of that call alone: the backward simulation of
-        DMD2 (Yin et al. 2024, section 4.5). `watch` sees every prediction.
+        DMD2 (Yin et al. 2024, section 4.5). `guidance`, where given, takes the place of the sampler's own. `watch` sees every
+        prediction.
         """
 
     @abstractmethod
@@ -95,10 +97,11 @@ class FewStep(Sampler):
         *,
         generator: torch.Generator | None = None,
         exit_at: int | None = None,
+        guidance: float | None = None,
         watch: Callable[[Prediction], None] | None = None,
     ) -> Tensor:
         last = self.steps - 1 if exit_at is None else exit_at
-        guided = Guided(denoiser, self.guidance)
+        guided = Guided(denoiser, self.guidance if guidance is None else guidance)
         x, process, prediction = noise, denoiser.process, None
         for i in range(last + 1):
             t = self._time(i, noise)

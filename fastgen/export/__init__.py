@@ -1,0 +1,40 @@
+"""Exports that plain diffusers loads and samples as we do, without fastgen: a whole pipeline folder, or a LoRA for its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastgen.denoiser import Denoiser
+from fastgen.errors import UserError
+from fastgen.export.directory import read_export
+from fastgen.export.folder import export_folder
+from fastgen.export.lora import export_lora
+from fastgen.pipelines import Pipeline
+from fastgen.samplers import Sampler
+
+__all__ = ["FORMATS", "export", "export_folder", "export_lora", "read_export"]
+
+FORMATS = {"diffusers": export_folder, "diffusers-lora": export_lora}
+
+
+def export(
+    pipeline: Pipeline,
+    student: Denoiser,
+    sampler: Sampler,
+    output: Path,
+    *,
+    format: str = "diffusers",
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `student`, sampled by `sampler`, to the folder `output` in one of `FORMATS`, and return that folder.
+
+    `record` is kept in the export as JSON; of its keys the model card knows `method`, `base` (the teacher's folder or hub
+    name), `teacher_loras` (a list of files), `updates`, `averaged` and `prompt`. A previous export at `output` is replaced.
+    Raises UserError for a format that the student cannot have, for a sampler that no stock scheduler reproduces, and for an
+    output that holds anything else or cannot be written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"export format {format!r} is not known; it must be one of {', '.join(FORMATS)}")
+    return FORMATS[format](pipeline, student, sampler, Path(output), record=record or {})

@@ -1,0 +1,101 @@
+"""An export's folder: written aside and renamed, marked as ours by `fastgen.json`, and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from fastgen import __version__
+from fastgen.errors import UserError
+from fastgen.samplers import Sampler, SchedulerSpec
+
+MARK = "fastgen.json"
+
+
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A fresh folder beside `output` that takes its place when the block ends well and vanishes when it does not.
+
+    Raises UserError where `output` is neither free, empty, nor a previous export, and where it cannot be written.
+    """
+    output = output.absolute()
+    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / MARK).is_file())):
+        raise UserError(f"{output} holds something that is not an export; name a new folder, or an export to be replaced")
+    fresh = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    former = output.with_name(f".{output.name}.{os.getpid()}.former")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if output.exists():
+            output.rename(former)
+        fresh.rename(output)
+    except OSError as problem:
+        raise UserError(f"the export {output} cannot be written: {problem.strerror or problem}") from problem
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if former.exists() and not output.exists():
+            former.rename(output)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def describe(
+    pipeline_class: str, format: str, sampler: Sampler, spec: SchedulerSpec, call: Mapping[str, Any], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `fastgen.json` holds: everything about an export but its weights."""
+    settings: dict[str, Any] = asdict(sampler) if is_dataclass(sampler) else {}
+    return {
+        "fastgen": __version__,
+        "diffusers": diffusers.__version__,
+        "format": format,
+        "pipeline": pipeline_class,
+        "sampler": {"class": type(sampler).__name__, "steps": sampler.steps, **settings},
+        "scheduler": {"class": spec.class_name, "config": spec.config},
+        "call": dict(call),
+        "record": dict(record),
+    }
+
+
+def metadata(description: Mapping[str, Any]) -> dict[str, str]:
+    """The description as the flat text that a safetensors header takes."""
+    record = description["record"]
+    facts = {
+        "version": description["fastgen"],
+        "method": record.get("method", ""),
+        "base": record.get("base", ""),
+        "sampler": description["sampler"],
+        "scheduler": description["scheduler"]["class"],
+        "call": description["call"],
+    }
+    return {"format": "pt"} | {
+        f"fastgen.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
+    }
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write `fastgen.json`. Raises TypeError where the record holds something that is not JSON."""
+    (folder / MARK).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """What an export says of itself; `["call"]` are the arguments with which its pipeline has to be called.
+
+    Raises UserError where `folder` is not an export.
+    """
+    path = Path(folder) / MARK
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        description["call"], description["sampler"]
+    except OSError as problem:
+        raise UserError(f"{folder} is not an export: it has no readable {MARK}") from problem
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path} is not an export's description: it must be a JSON object with call and sampler") from problem
+    result: dict[str, Any] = description
+    return result

@@ -1,0 +1,54 @@
+"""A whole diffusers pipeline folder with the student in the network's place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastgen.adapters import Adapter, without_adapters
+from fastgen.denoiser import Denoiser
+from fastgen.export.directory import describe, metadata, new_directory, write_description
+from fastgen.export.model_card import model_card
+from fastgen.export.scheduler import stock_scheduler
+from fastgen.pipelines import Pipeline
+from fastgen.samplers import Sampler
+
+
+def export_folder(pipeline: Pipeline, student: Denoiser, sampler: Sampler, output: Path, *, record: Mapping[str, Any]) -> Path:
+    """Write a folder that `DiffusionPipeline.from_pretrained` loads; see `fastgen.export.export`."""
+    spec, scheduler, call = stock_scheduler(pipeline, student, sampler)
+    whole = copy.copy(pipeline.diffusers)
+    whole.register_modules(**{pipeline.network_name: merged(student), "scheduler": scheduler})
+    description = describe(type(whole).__name__, "diffusers", sampler, spec, call, record)
+    with new_directory(output) as folder:
+        whole.save_pretrained(folder, safe_serialization=True)
+        for file in (folder / pipeline.network_name).glob("*.safetensors"):
+            _label(file, metadata(description))
+        write_description(folder, description)
+        card = model_card(pipeline, description, output)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return output
+
+
+def merged(student: Denoiser) -> nn.Module:
+    """The student's network by itself: of a student with LoRA, a copy of the base with the adapter added to its weights."""
+    if not isinstance(student.own, Adapter):
+        return student.network
+    network = copy.deepcopy(student.network)
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            module.merge(adapter_names=[student.own.key])
+    return without_adapters(network)
+
+
+def _label(file: Path, labels: dict[str, str]) -> None:
+    """Add `labels` to the header of a safetensors file."""
+    partial = file.with_suffix(".partial")
+    save_file(load_file(file), partial, metadata=labels)
+    partial.replace(file)
