@@ -45,7 +45,7 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
 
 # {title} that samples in {calls}
 
-Distilled{method} with fastgen; to use it, {'diffusers and peft are' if lora else 'diffusers is'} enough.
+Distilled{method} with fastgen; to use it, {"diffusers and peft are" if lora else "diffusers is"} enough.
 
 ```python
 {snippet(pipeline, description, output)}```
@@ -97,9 +97,7 @@ def _advice(description: Mapping[str, Any]) -> str:
     if explicit:
         notes.append(f"Pass `{explicit}` as above: the student is sampled at just these; `num_inference_steps` gives others.")
     else:
-        notes.append(
-            f"Keep `num_inference_steps={call['num_inference_steps']}`, the number that this export was made for."
-        )
+        notes.append(f"Keep `num_inference_steps={call['num_inference_steps']}`, the number that this export was made for.")
     if sampler.get("guidance", 1.0) == 1.0:
         notes.append("It needs no guidance: leave the scale as above.")
     else:
