@@ -1,4 +1,4 @@
-"""The recorded pipelines against the pipelines themselves: what reaches the scheduler, final latents, pixels; and what is refused."""
+"""The recorded pipelines against the pipelines themselves: what reaches the scheduler, final latents, pixels, refusals."""
 
 from __future__ import annotations
 
