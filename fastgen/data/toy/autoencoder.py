@@ -11,7 +11,6 @@ from torch import Tensor
 from fastgen.data.toy.scenes import IMAGE_SIZE, render, sample_scenes
 
 LATENT_CHANNELS = 6
-KL_WEIGHT = 5e-4
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -28,35 +27,51 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def autoencoder_loss(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+def autoencoder_loss(autoencoder: AutoencoderKL, images: Tensor, kl_weight: float) -> Tensor:
     """Squared and absolute error plus a small Kullback-Leibler term (Rombach et al. 2022, section 3.1), images in [-1, 1]."""
     posterior = autoencoder.encode(images).latent_dist
     difference = autoencoder.decode(posterior.sample()).sample.float() - images
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return difference.square().mean() + 0.5 * difference.abs().mean() + KL_WEIGHT * kl
+    return difference.square().mean() + 0.5 * difference.abs().mean() + kl_weight * kl
 
 
 def train_autoencoder(
-    updates: int, *, batch: int = 32, lr: float = 2e-3, seed: int = 0, report: Callable[[int, dict[str, float]], None]
+    updates: int,
+    *,
+    start: AutoencoderKL | None = None,
+    decoder_only: bool = False,
+    batch: int = 24,
+    lr: float = 1.5e-3,
+    kl_weight: float = 2e-5,
+    seed: int = 0,
+    report: Callable[[int, dict[str, float]], None],
 ) -> AutoencoderKL:
-    """Train from scratch; the returned model's `scaling_factor` brings latents to unit mean square."""
+    """Train from scratch or on from `start`, with a learning rate falling linearly; the latents are scaled to unit mean square.
+
+    With `decoder_only` the latents stay as they are, so that a denoiser trained on them keeps its meaning.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    autoencoder = build_autoencoder()
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr, weight_decay=0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates + 1, pct_start=0.05)
+    autoencoder = (start or build_autoencoder()).train().requires_grad_(True)
+    if decoder_only:
+        autoencoder.encoder.requires_grad_(False)
+        autoencoder.quant_conv.requires_grad_(False)
+    weights = [weight for weight in autoencoder.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=0, betas=(0.9, 0.99))
     for step in range(updates):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / updates)
         images = render(sample_scenes(batch, generator), generator)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = autoencoder_loss(autoencoder, images)
+            loss = autoencoder_loss(autoencoder, images, 0 if decoder_only else kl_weight)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
         report(step, {"autoencoder": loss.item()})
-    autoencoder.eval()
-    with torch.no_grad():
-        latents = autoencoder.encode(render(sample_scenes(512, generator), generator)).latent_dist.mean
-    autoencoder.register_to_config(scaling_factor=1 / latents.square().mean().sqrt().item())
+    autoencoder.eval().requires_grad_(False)
+    if not decoder_only:
+        with torch.no_grad():
+            latents = autoencoder.encode(render(sample_scenes(512, generator), generator)).latent_dist.mean
+        autoencoder.register_to_config(scaling_factor=1 / latents.square().mean().sqrt().item())
     return autoencoder

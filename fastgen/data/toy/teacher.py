@@ -69,6 +69,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
+        steps_offset=1,
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,

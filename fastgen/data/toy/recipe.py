@@ -1,0 +1,161 @@
+"""The toy teacher from nothing, as a TOML recipe says: what `fastgen train-teacher` runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from fastgen import schema
+from fastgen.data.toy.autoencoder import train_autoencoder
+from fastgen.data.toy.teacher import pretrain_text_encoder, train_denoiser
+from fastgen.errors import UserError
+from fastgen.schema import Checked, Source, setting
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class AutoencoderPhase(Checked):
+    """One stretch of the autoencoder's training; the next one goes on from its weights."""
+
+    updates: int       = setting(1000, "number of updates", at_least=1)
+    batch: int         = setting(24, "images an update", at_least=1)
+    lr: float          = setting(1.5e-3, "first learning rate, falling linearly to 0", above=0)
+    kl_weight: float   = setting(2e-5, "weight of the Kullback-Leibler term", at_least=0)
+    decoder_only: bool = setting(False, "leave the latents as they are")
+
+
+@dataclass
+class TextPhase(Checked):
+    """The text encoder's pretraining."""
+
+    updates: int = setting(1000, "number of updates", at_least=1)
+    batch: int   = setting(128, "captions an update", at_least=1)
+    lr: float    = setting(1.5e-3, "peak learning rate", above=0)
+
+
+@dataclass
+class DenoiserPhase(Checked):
+    """The training of UNet and text encoder."""
+
+    updates: int           = setting(11000, "number of updates", at_least=1)
+    batch: int             = setting(64, "images an update", at_least=1)
+    lr: float              = setting(1e-3, "peak learning rate, falling on a cosine to 0", above=0)
+    caption_dropout: float = setting(0.1, "share of empty captions, for guidance", at_least=0, at_most=1)
+    ema: float             = setting(0.999, "decay of the averaged weights", at_least=0, below=1)
+    pool: int              = setting(8192, "scenes drawn and encoded at a time", at_least=64)
+
+
+@dataclass
+class TeacherRecipe(Checked):
+    """Everything that `train_teacher` is told."""
+
+    seed: int                           = setting(0, "seed of all randomness", at_least=0)
+    autoencoder: list[AutoencoderPhase] = field(default_factory=lambda: [AutoencoderPhase()])
+    text_encoder: TextPhase             = field(default_factory=TextPhase)
+    denoiser: DenoiserPhase             = field(default_factory=DenoiserPhase)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TeacherRecipe:
+    """The recipe in a TOML file. Raises UserError naming file, key and what would be right."""
+    tables, source = schema.read(path, overrides)
+    known = {each.name for each in fields(TeacherRecipe)}
+    for key in tables:
+        if key not in known:
+            source.wrong((key,), f"is not an option of a teacher{schema.nearest(key, known)}")
+    phases = tables.get("autoencoder", [{}])
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases) or not phases:
+        source.wrong(("autoencoder",), "must be one or more sections [[autoencoder]]")
+    return TeacherRecipe(
+        seed=schema.convert(int, tables.get("seed", 0), ("seed",), source),
+        autoencoder=[_section(AutoencoderPhase, phase, "autoencoder", source) for phase in phases],
+        text_encoder=_section(TextPhase, tables.get("text_encoder", {}), "text_encoder", source),
+        denoiser=_section(DenoiserPhase, tables.get("denoiser", {}), "denoiser", source),
+    )
+
+
+def _section(cls: type, table: Any, name: str, source: Source) -> Any:
+    if not isinstance(table, dict):
+        source.wrong((name,), "must be a section")
+    known = schema.settings(cls)
+    values = {}
+    for key, value in table.items():
+        if key not in known:
+            source.wrong((name, key), f"is not an option{schema.nearest(key, known)}")
+        values[key] = schema.convert(known[key][1], value, (name, key), source)
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from None
+
+
+def train_teacher(recipe: TeacherRecipe, output: Path, *, say: Say = print) -> StableDiffusionPipeline:
+    """Train every part and save the pipeline folder `output`; parts already finished beside it are not trained again.
+
+    The parts lie in `output`.parts until the folder is complete, so an interrupted training goes on with the part it was at.
+    """
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; name a new folder or remove it")
+    parts = output.with_name(output.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    _same_recipe(recipe, parts / "recipe.json")
+    autoencoder: AutoencoderKL | None = None
+    for number, phase in enumerate(recipe.autoencoder):
+        folder = parts / f"autoencoder-{number}"
+        if not folder.exists():
+            options = {key: getattr(phase, key) for key in ("updates", "batch", "lr", "kl_weight", "decoder_only")}
+            reported = _reporter(say, f"autoencoder {number + 1} of {len(recipe.autoencoder)}", phase.updates)
+            _save(train_autoencoder(**options, start=autoencoder, seed=recipe.seed + number, report=reported), folder)
+        autoencoder = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+    assert autoencoder is not None
+    text = recipe.text_encoder
+    encoder = pretrain_text_encoder(
+        text.updates, batch=text.batch, lr=text.lr, seed=recipe.seed, report=_reporter(say, "text encoder", text.updates)
+    )
+    options = {each.name: getattr(recipe.denoiser, each.name) for each in fields(DenoiserPhase)}
+    reported = _reporter(say, "denoiser", recipe.denoiser.updates)
+    pipeline = train_denoiser(autoencoder, encoder, **options, seed=recipe.seed, report=reported)
+    save_teacher(pipeline, output)
+    shutil.rmtree(parts)
+    return pipeline
+
+
+def save_teacher(pipeline: StableDiffusionPipeline, output: Path) -> None:
+    """Write a teacher as it ships: a diffusers folder in bfloat16."""
+    _save(pipeline.to(torch.bfloat16), output)
+
+
+def _save(model: Any, folder: Path) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def _same_recipe(recipe: TeacherRecipe, path: Path) -> None:
+    text = json.dumps({"seed": recipe.seed, "autoencoder": [vars(phase) for phase in recipe.autoencoder]}, sort_keys=True)
+    if path.exists() and path.read_text() != text:
+        raise UserError(f"{path.parent} holds parts made by another recipe; remove it or name another output")
+    path.write_text(text)
+
+
+def _reporter(say: Say, what: str, updates: int) -> Callable[[int, dict[str, float]], None]:
+    start, recent = time.monotonic(), 0.0
+
+    def report(step: int, losses: dict[str, float]) -> None:
+        nonlocal recent
+        loss = sum(losses.values())
+        recent = loss if step == 0 else 0.98 * recent + 0.02 * loss
+        if (step + 1) % max(1, updates // 50) == 0 or step + 1 == updates:
+            left = (time.monotonic() - start) / (step + 1) * (updates - step - 1)
+            say(f"{what}: update {step + 1} of {updates}, loss {recent:.4f}, {left / 60:.1f} minutes left")
+
+    return report
