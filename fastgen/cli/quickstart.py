@@ -129,12 +129,14 @@ def summary(rows: Sequence[Row], checks: Sequence[dict[str, object]], output: Pa
     from fastgen.eval.table import table
 
     lines = [table(rows), ""]
-    lines += [f"{'met   ' if check['met'] else 'missed'}  {check['what']}: {check['value']} (bar {check['bar']})" for check in checks]
+    for check in checks:
+        lines.append(f"{'met   ' if check['met'] else 'missed'}  {check['what']}: {check['value']} (bar {check['bar']})")
     lines += [
         "",
         f"report   {output}/report.html",
         f"figure   {figure}",
         f"student  {output}/student   (its README.md has the snippet that samples it with plain diffusers)",
-        f"done in {seconds / 60:.1f} minutes; next: fastgen sample {output}/student 'a small red circle above a large blue ring'",
+        f"done in {seconds / 60:.1f} minutes",
+        f"next     fastgen sample {output}/student 'a small red circle above a large blue ring on a black background'",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The toy world's autoencoder: a stock `AutoencoderKL` from 3 x 32 x 32 images to 6 x 8 x 8 latents, trained on endless renders."""
+"""The toy world's autoencoder: a stock `AutoencoderKL` from 3 x 32 x 32 images to 6 x 8 x 8 latents."""
 
 from __future__ import annotations
 

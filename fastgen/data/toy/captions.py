@@ -13,7 +13,11 @@ RELATIONS = {
     ("vertical", False): ("above", "over"),
     ("vertical", True): ("below", "under"),
 }
-FRAMES = ("a {scene} on a {background} background", "a {scene}, {background} background", "{background} background with a {scene}")
+FRAMES = (
+    "a {scene} on a {background} background",
+    "a {scene}, {background} background",
+    "{background} background with a {scene}",
+)
 WORDS = sorted(
     {
         *SHAPES, *COLOURS, *TEXTURES, *BACKGROUNDS,

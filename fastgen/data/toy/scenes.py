@@ -21,7 +21,8 @@ AXES = ("horizontal", "vertical")
 BACKGROUNDS = ("black", "white", "gray", "navy", "brown")
 
 COLOUR_VALUES = (
-    (220, 35, 40), (245, 135, 20), (245, 225, 50), (40, 165, 60), (60, 210, 225), (45, 85, 235), (145, 50, 195), (250, 130, 190),
+    (220, 35, 40), (245, 135, 20), (245, 225, 50), (40, 165, 60),
+    (60, 210, 225), (45, 85, 235), (145, 50, 195), (250, 130, 190),
 )  # fmt: skip
 BACKGROUND_VALUES = ((18, 18, 22), (240, 240, 240), (125, 125, 125), (22, 28, 85), (105, 68, 42))
 RADII = (4.3, 7.0)
@@ -36,9 +37,9 @@ COLOUR_JITTER = 0.02
 class Scenes:
     """A batch of scenes, one integer per attribute.
 
-    `count` and `background` have shape [B], `axis` has shape [B] (how the two objects are separated), the object attributes have
-    shape [B, 2]. The first object is the left one (horizontal axis) or the upper one (vertical axis). Entries of an absent second
-    object are 0, and so is the axis of a one-object scene.
+    `count` and `background` have shape [B], `axis` has shape [B] (how the two objects are separated), the object attributes
+    have shape [B, 2]. The first object is the left one (horizontal axis) or the upper one (vertical axis). Entries of an absent
+    second object are 0, and so is the axis of a one-object scene.
     """
 
     count: Tensor

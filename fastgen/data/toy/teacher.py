@@ -1,8 +1,8 @@
-"""The toy teacher: a stock `StableDiffusionPipeline` small enough to train on a CPU, with its own tokenizer, text encoder and VAE.
+"""The toy teacher: a stock `StableDiffusionPipeline` small enough for a CPU, with tokenizer, text encoder and VAE.
 
-The denoiser is a `UNet2DConditionModel` on 8 x 8 latents with v-prediction on a cosine table of zero terminal signal, trained with
-caption dropout for classifier-free guidance. The text encoder learns to name every attribute of the captioned scene before the
-denoiser sees it, and goes on learning with it.
+The denoiser is a `UNet2DConditionModel` on 8 x 8 latents with v-prediction on a cosine table of zero terminal signal, trained
+with caption dropout for classifier-free guidance. The text encoder learns to name every attribute of the captioned scene
+before the denoiser sees it, and goes on learning with it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 class SceneHeads(nn.Module):
     """Linear readings of a scene's attributes from one text token: what the text encoder is pretrained to carry."""
 
-    OBJECT = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "texture": len(TEXTURES)}
-    WHOLE = {"count": 2, "axis": 2, "background": len(BACKGROUNDS)}
+    OBJECT: ClassVar = {"shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "texture": len(TEXTURES)}
+    WHOLE: ClassVar = {"count": 2, "axis": 2, "background": len(BACKGROUNDS)}
 
     def __init__(self) -> None:
         super().__init__()

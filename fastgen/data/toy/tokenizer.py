@@ -1,6 +1,8 @@
-"""The toy world's tokenizer: a stock CLIP tokenizer whose byte pairs are merged until every word of the grammar is one token."""
+"""The toy world's tokenizer: a stock CLIP tokenizer, its byte pairs merged until every word of the grammar is one token."""
 
 from __future__ import annotations
+
+import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -12,7 +14,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def toy_tokenizer() -> CLIPTokenizer:
-    """About 150 tokens; the end token has the largest id, as CLIP's pooling expects."""
+    """165 tokens; the end token has the largest id, as CLIP's pooling expects."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -23,8 +25,6 @@ def toy_tokenizer() -> CLIPTokenizer:
     )
     # Each word twice: byte pairs seen once are never merged.
     tokenizer.train_from_iterator([" ".join(WORDS)] * 2, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     vocabulary = {token: i for i, token in enumerate(sorted(model["vocab"], key=model["vocab"].get))}
     for token in (START, END):
