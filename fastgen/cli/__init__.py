@@ -35,6 +35,7 @@ COMMANDS = {
     "train-teacher": "train the teacher of the toy world anew",
 }
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG)
+EVAL_EXTRA = ("matplotlib", "open_clip", "torch_fidelity", "torchvision")
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,15 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, terminated)
+        status = guarded(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `fastgen methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def guarded(argv: list[str]) -> int:
+    """`dispatch`, with what it raises told in words and turned into an exit status."""
+    try:
         return dispatch(argv)
     except UserError as error:
         return complain(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `fastgen methods | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except SystemExit as stop:  # --help, --version, SIGTERM
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
@@ -85,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("error: this is a fault of fastgen's, not yours; please report it with the lines above", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def dispatch(argv: list[str]) -> int:
@@ -95,6 +106,9 @@ def dispatch(argv: list[str]) -> int:
         raise UserError(f"there is no command '{chosen}'{nearest(chosen, COMMANDS)}")
     root = parser(chosen)
     args, unknown = root.parse_known_args(argv)
+    if "overrides" in args:  # argparse takes one run of positionals; those after an option are left
+        args.overrides += [each for each in unknown if not each.startswith("-")]
+        unknown = [each for each in unknown if each.startswith("-")]
     if unknown:
         options = root._subparsers._group_actions[0].choices[chosen]._option_string_actions if chosen else {}  # type: ignore
         raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], options)}")
@@ -103,6 +117,8 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if args.offline:  # read when the hub's clients are imported, which no module has done yet
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    if args.quiet:
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     return command_module(args.command).run(args)
 
 
@@ -119,6 +135,8 @@ def users_mistake(error: Exception) -> str | None:
     """One sentence for exceptions that are nobody's bug: a full or forbidden disk, memory that ran out."""
     if isinstance(error, OSError) and error.errno in NOT_OURS:
         return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name in EVAL_EXTRA:
+        return f"{error.name} is not installed, which this command needs; pip install 'fastgen-diffusion[eval]'"
     if type(error).__name__ == "OutOfMemoryError":
         return "the device ran out of memory; a lower batch, more micro_batches, or LoRA need less"
     return None

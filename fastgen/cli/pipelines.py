@@ -1,0 +1,58 @@
+"""`fastgen pipelines`: the model families that have a line of their own, and what fastgen sees in one pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastgen.cli.options import add_common, checked_device, emit
+from fastgen.cli.targets import plain_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pipeline", nargs="?", help='a diffusers folder, a hub id, or "toy": load it and say what fastgen sees')
+    add_common(parser, "file for the listing")
+
+
+def run(args: argparse.Namespace) -> int:
+    result = families() if args.pipeline is None else seen(args)
+    if args.pipeline is None:
+        lines = [f"{name}: {about['summary']}\n    {', '.join(about['classes'])}" for name, about in result.items()]
+    else:
+        width = max(map(len, result))
+        plain = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in result.items()}
+        lines = [f"{key:<{width}}  {value}" for key, value in plain.items()]
+    emit(args, result, "\n".join(lines), args.output)
+    return 0
+
+
+def families() -> dict[str, Any]:
+    from fastgen.pipelines import Pipeline
+
+    rest = "whatever looks the same from outside: one denoising network, one latent, guidance batched, called twice or embedded"
+    known = {
+        family.__name__: {"summary": (family.__doc__ or "").strip().split("\n")[0], "classes": list(family.handles)}
+        for family in Pipeline.__subclasses__()
+    }
+    tested = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"]
+    return {**known, "Pipeline": {"summary": rest, "classes": [*tested, "..."]}}
+
+
+def seen(args: argparse.Namespace) -> dict[str, Any]:
+    """What the wrapped pipeline says of itself."""
+    from fastgen.pipelines import load_pipeline
+
+    pipeline = load_pipeline(plain_folder(args.pipeline), device=checked_device(args), offline=args.offline)
+    weights = sum(each.numel() for each in pipeline.network.parameters())
+    return {
+        "class": type(pipeline.diffusers).__name__,
+        "family": type(pipeline).__name__,
+        "network": f"{type(pipeline.network).__name__}, {weights / 1e6:.1f} million weights",
+        "process": type(pipeline.process).__name__,
+        "predicts": pipeline.kind,
+        "latent shape": list(pipeline.latent_shape),
+        "default guidance": pipeline.default_guidance,
+        "guidance is an input": pipeline.embeds_guidance,
+        "feature layers": list(pipeline.feature_layers),
+        "LoRA targets": list(pipeline.lora_targets),
+    }

@@ -1,0 +1,105 @@
+"""`fastgen sample`: pictures from a run, from an export, or from a teacher.
+
+Picture number i of a prompt is drawn with seed `--seed` + i, each by itself, so a run gives the pictures that plain diffusers
+gives of its export with `generator=torch.Generator().manual_seed(seed)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgen.cli.options import add_common, checked_device, emit, say, seed, writable
+from fastgen.cli.targets import add_run_options, call_with, is_run, open_run, plain_folder
+from fastgen.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help='a run directory, an export or any diffusers folder, or "toy" for the shipped teacher')
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw: "a small red circle, dark background"')
+    parser.add_argument("--steps", type=int, metavar="N", help="network calls; default: the student's own")
+    parser.add_argument("--number", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale, 1 = off; default: the student's own")
+    add_run_options(parser)
+    add_common(parser, "folder for the pictures (default: samples)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.number < 1:
+        raise UserError(f"--number must be at least 1, not {args.number}")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps must be at least 1, not {args.steps}")
+    first, output = seed(args), writable(args.output or Path("samples"))
+    drawn = from_run(args, first) if is_run(args.target) else from_diffusers(args, first)
+    pictures = []
+    for prompt, number, picture in drawn:
+        output.mkdir(parents=True, exist_ok=True)
+        path = free_name(output, prompt)
+        partial = path.with_suffix(".partial")
+        picture.save(partial, format="png")
+        partial.rename(path)
+        pictures.append({"path": str(path), "prompt": prompt, "seed": number})
+        say(args, f"{path}  (seed {number})")
+    emit(args, pictures, f"{len(pictures)} pictures in {output}")
+    return 0
+
+
+def free_name(folder: Path, prompt: str) -> Path:
+    """A name that tells the prompt and is not taken."""
+    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60] or "picture"
+    return next(path for path in (folder / f"{words}-{number:03d}.png" for number in count()) if not path.exists())
+
+
+def from_run(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, Image.Image]]:
+    import torch
+
+    from fastgen.samplers import FewStep
+
+    loaded = open_run(args.target, args)
+    sampler, pipeline = loaded.method.sampler(args.steps), loaded.pipeline
+    if args.guidance is not None:
+        if not isinstance(sampler, FewStep):
+            raise UserError(f"--guidance: the sampler of {loaded.config.method_name} takes none")
+        sampler = replace(sampler, guidance=args.guidance)
+    for prompt in args.prompts:
+        condition = pipeline.encode_prompts([prompt])
+        for number in range(first, first + args.number):
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(1, *pipeline.latent_shape, generator=generator).to(pipeline.device)
+            with torch.no_grad():
+                latents = sampler.sample(loaded.student, noise, condition, generator=generator)
+                image = pipeline.decode(latents)[0]
+            yield prompt, number, as_picture((image.float() + 1) / 2)
+
+
+def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, Image.Image]]:
+    import torch
+
+    from fastgen.pipelines import load_pipeline
+
+    where = plain_folder(args.target)
+    call = call_with(where, args.steps, args.guidance)
+    pipeline = load_pipeline(where, device=checked_device(args), offline=args.offline).diffusers
+    pipeline.set_progress_bar_config(disable=True)
+    for prompt in args.prompts:
+        for number in range(first, first + args.number):
+            generator = torch.Generator().manual_seed(number)
+            image = pipeline(prompt, generator=generator, output_type="pt", **call).images[0]
+            yield prompt, number, as_picture(image.float())
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """A picture from channels first, 0 to 1."""
+    from PIL import Image
+
+    values = (image.clamp(0, 1) * 255).round().to("cpu").byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(values)

@@ -1,0 +1,97 @@
+"""What a command is pointed at: a run, an export, a diffusers folder, the shipped teacher; runs are exported on the way."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.cli.options import checked_device
+from fastgen.errors import UserError
+
+if TYPE_CHECKING:
+    from fastgen.training.run import LoadedRun
+
+__all__ = ["add_run_options", "export_run", "is_export", "is_run", "open_run", "plain_folder", "steps_list"]
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="of a run: this checkpoint instead of the newest")
+    parser.add_argument("--no-ema", action="store_true", help="of a run: the weights themselves, not their average")
+
+
+def is_run(target: str | Path) -> bool:
+    return (Path(target) / "config.toml").is_file()
+
+
+def is_export(target: str | Path) -> bool:
+    return (Path(target) / "fastgen.json").is_file()
+
+
+def open_run(target: str | Path, args: argparse.Namespace) -> LoadedRun:
+    from fastgen.training.run import load_run
+
+    device = checked_device(args)
+    return load_run(Path(target), checkpoint=args.checkpoint, ema=not args.no_ema, device=device, offline=args.offline)
+
+
+def export_run(loaded: LoadedRun, output: Path, *, format: str = "diffusers", steps: int | None = None) -> Path:
+    """Export a run that was read back, with what its model card should tell. Raises UserError as `fastgen.export.export`."""
+    from fastgen.export import export
+
+    config = loaded.config
+    record = {
+        **{"method": config.method_name, "base": config.pipeline, "teacher_loras": config.teacher_loras},
+        **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
+        **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
+    }
+    return export(loaded.pipeline, loaded.student, loaded.method.sampler(steps), output, format=format, record=record)
+
+
+def plain_folder(target: str) -> str:
+    """The folder or hub id of a pipeline; "toy" is the one that ships."""
+    from fastgen.training.run import TOY_TEACHER
+
+    return str(TOY_TEACHER) if target == "toy" else target
+
+
+def own_call(folder: str | Path) -> dict[str, Any]:
+    """The arguments that a pipeline must be called with: those an export lists, none for other pipelines.
+
+    Raises UserError for an export that is a LoRA, which is no pipeline by itself.
+    """
+    from fastgen.export import read_export
+
+    if not is_export(folder):
+        return {}
+    description = read_export(Path(folder))
+    if description.get("format") == "diffusers-lora":
+        raise UserError(f"{folder} is a LoRA, not a pipeline; name the run instead, or export it with --format diffusers")
+    return dict(description["call"])
+
+
+def call_with(folder: str | Path, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """The arguments of a pipeline's call, with steps and guidance as asked for.
+
+    Raises UserError where the export lists its timesteps one by one and another number of steps is asked for.
+    """
+    call = own_call(folder)
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps must be at least 1, not {steps}")
+    listed = next((key for key in ("timesteps", "sigmas") if key in call), None)
+    if listed and steps not in (None, len(call[listed])):
+        own = len(call[listed])
+        raise UserError(f"--steps {steps}: {folder} lists its {listed} for {own} steps; export the run again for others")
+    if steps is not None and not listed:
+        call["num_inference_steps"] = steps
+    if guidance is not None:
+        call["guidance_scale"] = guidance
+    return call
+
+
+def steps_list(text: str) -> list[int]:
+    """`1,2,4` as numbers; the type of an argument."""
+    numbers = [int(each) if each.strip().isdigit() else 0 for each in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"steps are whole numbers from 1, such as 1,2,4; not {text!r}")
+    return numbers
