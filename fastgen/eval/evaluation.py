@@ -1,0 +1,257 @@
+"""From images to numbers (`score_images`), and from a diffusers pipeline to a record of numbers (`evaluate`)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fastgen import __version__
+from fastgen.data.toy.captions import caption
+from fastgen.data.toy.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
+from fastgen.errors import UserError
+from fastgen.eval.features import features_hash, file_hash
+from fastgen.eval.generate import generate, load_pipeline
+from fastgen.eval.images import check_images, read_images, to_uint8, write_images
+from fastgen.eval.metrics.clip_score import clip_weights
+from fastgen.eval.registry import Evidence, metrics
+from fastgen.eval.world import PHOTO, TOY, World
+
+PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "open-clip-torch", "numpy")
+REFERENCE_SEED = 314159
+"""Real images are drawn with seeds of their own, so that they are the same for every candidate and never the training's."""
+
+
+@dataclass
+class Evaluation:
+    """Scores by key (`fastgen.eval.registry.readings` tells how to show them), notes, and all that could change the scores."""
+
+    scores: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path | str) -> None:
+        """Write the record as JSON, by way of a temporary name."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2, sort_keys=False) + "\n")
+        temporary.replace(path)
+
+
+def score_images(
+    images: Tensor,
+    prompts: Sequence[str] | None = None,
+    *,
+    scenes: Scenes | None = None,
+    reference: Tensor | None = None,
+    floor: Tensor | None = None,
+    paired: bool | None = None,
+    world: World | None = None,
+    only: Sequence[str] | None = None,
+    device: str = "cpu",
+    notes: list[str] | None = None,
+) -> dict[str, float]:
+    """Every metric for which there is evidence.
+
+    `images` is uint8 [N, 3, H, W] with one prompt each (the same prompt twice is two seeds of it). `scenes` says what each toy
+    image should show; without a `reference` its real images are then drawn here, two sets, one of them for the floor. Otherwise
+    `reference` holds real images and `floor` further ones; without a floor, a reference of at least 2 N gives its last N.
+    `paired` says that the reference belongs to the same prompts in the same order (default: with scenes). `only` names
+    metrics of `fastgen.eval.registry.metrics()`. Sentences about what was skipped are appended to `notes`.
+
+    Raises UserError for tensors of the wrong kind, lists of different length and unknown names.
+    """
+    world = world or (TOY if scenes is not None else PHOTO)
+    evidence = _evidence(images, prompts, scenes, reference, floor, paired, world, device)
+    if notes is not None:
+        evidence.notes = notes
+    known = metrics()
+    if unknown := set(only or ()) - known.keys():
+        raise UserError(f"no metric is called {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    scores: dict[str, float] = {}
+    for name, entry in known.items():
+        if only is not None and name not in only:
+            continue
+        if missing := entry.missing(evidence):
+            if only is not None:
+                evidence.note(f"The metric {name} was left out: it needs {' and '.join(missing)}.")
+            continue
+        try:
+            scores |= entry.compute(evidence)
+        except UserError as error:
+            evidence.note(f"The metric {name} was left out: {error}.")
+    return scores
+
+
+def _evidence(
+    images: Tensor,
+    prompts: Sequence[str] | None,
+    scenes: Scenes | None,
+    reference: Tensor | None,
+    floor: Tensor | None,
+    paired: bool | None,
+    world: World,
+    device: str,
+) -> Evidence:
+    check_images(images, "images")
+    for name, given in (("prompts", prompts), ("scenes", scenes)):
+        if given is not None and len(given) != len(images):
+            raise UserError(f"there are {len(given)} {name} for {len(images)} images; give one for each")
+    if scenes is not None and reference is None:
+        reference, floor = real_images(scenes, REFERENCE_SEED), real_images(scenes, REFERENCE_SEED + 1)
+    elif reference is not None:
+        check_images(reference, "reference")
+        if floor is None and len(reference) >= 2 * len(images):
+            reference, floor = reference[: -len(images)], reference[-len(images) :]
+    if floor is not None:
+        check_images(floor, "floor")
+    same = scenes is not None if paired is None else paired
+    same = same and reference is not None and len(reference) == len(images)
+    return Evidence(images, world, prompts, scenes, reference, floor, same, device)
+
+
+def real_images(scenes: Scenes, seed: int) -> Tensor:
+    """A render of each scene as uint8 [N, 3, 32, 32]."""
+    return to_uint8(render(scenes, torch.Generator().manual_seed(seed)))
+
+
+def toy_prompts(
+    number: int, *, seeds_per_prompt: int = 2, seed: int = 0, split: str = "held-out", objects: int | None = None
+) -> tuple[list[str], list[int], Scenes]:
+    """Prompts, seeds and scenes of `number` toy images: each prompt occurs `seeds_per_prompt` times in a row.
+
+    A prompt that is drawn again by chance goes on with its next seeds, so that no image is made twice.
+    """
+    if number < 1 or seeds_per_prompt < 1:
+        raise UserError(f"number and seeds_per_prompt must be at least 1, not {number} and {seeds_per_prompt}")
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(-(-number // seeds_per_prompt), generator, split=split, objects=objects)
+    texts = caption(scenes, generator)
+    rows = (torch.arange(number) // seeds_per_prompt).tolist()
+    prompts, used = [texts[row] for row in rows], Counter[str]()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(seed + used[prompt])
+        used[prompt] += 1
+    return prompts, seeds, scenes[torch.tensor(rows)]
+
+
+def evaluate(
+    target: DiffusionPipeline | Path | str,
+    *,
+    prompts: Sequence[str] | None = None,
+    number: int = 1000,
+    seeds_per_prompt: int = 2,
+    seed: int = 0,
+    split: str = "held-out",
+    objects: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    call: dict[str, Any] | None = None,
+    reference: Tensor | Path | str | None = None,
+    world: World | None = None,
+    only: Sequence[str] | None = None,
+    batch: int = 64,
+    device: str = "cpu",
+    images_folder: Path | str | None = None,
+    output: Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Sample a diffusers pipeline (object or folder) and measure the images.
+
+    Without `prompts` the toy world's are used: `number` images of held-out prompts, and everything is measured. With prompts,
+    each is sampled `seeds_per_prompt` times and measured against `reference`, a tensor or a folder of real images.
+    `images_folder` keeps the images, `output` the record as JSON.
+
+    Raises UserError where the pipeline, the prompts or the reference cannot be used.
+    """
+    where = None if isinstance(target, DiffusionPipeline) else Path(target)
+    pipeline = load_pipeline(where, device=device) if where is not None else target
+    scenes = None
+    if prompts is None:
+        texts, seeds, scenes = toy_prompts(number, seeds_per_prompt=seeds_per_prompt, seed=seed, split=split, objects=objects)
+    else:
+        texts = [text for text in prompts for _ in range(seeds_per_prompt)]
+        seeds = [seed + i for _ in prompts for i in range(seeds_per_prompt)]
+    world = world or (TOY if scenes is not None else PHOTO)
+    start = time.perf_counter()
+    images = generate(pipeline, texts, seeds, steps=steps, guidance=guidance, batch=batch, call=call, progress=progress)
+    seconds = time.perf_counter() - start
+    if scenes is not None and images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
+        made = f"{images.shape[3]} x {images.shape[2]}"
+        raise UserError(f"the pipeline makes {made} images, not toy scenes; give prompts of its own")
+    if images_folder is not None:
+        write_images(images, images_folder)
+    real = reference if reference is None or isinstance(reference, Tensor) else read_images(reference)
+    notes: list[str] = []
+    scores = score_images(images, texts, scenes=scenes, reference=real, world=world, only=only, device=device, notes=notes)
+    toy = {"split": split, "objects": objects} if scenes is not None else {}
+    settings = {
+        "target": str(where) if where is not None else type(pipeline).__name__,
+        "number": len(images),
+        "seeds": sorted(set(seeds)),
+        "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+        **toy,
+        "steps": steps,
+        "guidance": guidance,
+        "call": {name: repr(value) for name, value in (call or {}).items()},
+        **describe_pipeline(pipeline, where),
+        **describe_world(world),
+        "reference_sha256": _reference_hash(real, scenes),
+        "device": device,
+        "sampling_seconds": round(seconds, 3),
+    }
+    evaluation = Evaluation(scores, notes, settings)
+    if output is not None:
+        evaluation.save(output)
+    return evaluation
+
+
+def describe_pipeline(pipeline: DiffusionPipeline, folder: Path | None) -> dict[str, Any]:
+    """Class, scheduler with its whole config, and the hash of every weight file of the folder."""
+    scheduler = pipeline.scheduler
+    files = [] if folder is None else sorted(folder.rglob("*.safetensors"))
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_") and name != "trained_betas"}
+    return {
+        "pipeline": type(pipeline).__name__,
+        "scheduler": {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=repr))},
+        "weights_sha256": {str(path.relative_to(folder)): file_hash(path) for path in files if folder is not None},
+    }
+
+
+def describe_world(world: World) -> dict[str, Any]:
+    """The measuring networks with their hashes, and the versions of the libraries at work."""
+    try:
+        features = features_hash(world)
+    except UserError:
+        features = None
+    clip = clip_weights(world)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "world": world.name,
+        "features": world.features,
+        "features_sha256": features,
+        "clip": world.clip,
+        "clip_sha256": None if clip is None else file_hash(clip),
+        "versions": {"fastgen": __version__, **versions},
+    }
+
+
+def _reference_hash(reference: Tensor | None, scenes: Scenes | None) -> str | None:
+    if reference is not None:
+        return hashlib.sha256(reference.contiguous().numpy().tobytes()).hexdigest()
+    if scenes is None:
+        return None
+    described = torch.cat([getattr(scenes, f.name).flatten() for f in fields(scenes)])
+    return hashlib.sha256(described.numpy().tobytes() + str(REFERENCE_SEED).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""One file each metric; every module here is imported by `fastgen.eval.registry.metrics`."""
