@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from fastgen.config import RunConfig, TrainConfig
+from fastgen.config import RunConfig, TrainConfig, load
 from fastgen.data.source import load_source
 from fastgen.training import checkpoint, run
 from fastgen.training.progress import Reporter
+from tests import tiny_models as tiny
 from tests.training_fakes import Duel, FakePipeline
 
 STEPS = 40
@@ -142,6 +145,41 @@ def test_signals_finish_the_update_save_and_exit(tmp_path: Path, straight: Path,
 def finished(folder: Path) -> Path:
     finish(folder)
     return folder
+
+
+REAL_METHODS = {
+    "progressive": ["method.start_steps=8", "method.stop_steps=2"],
+    "lcm": ['roles.student="lora"', "lora.rank=2"],
+    "dmd2": ["method.student_every=2", 'train.precision="bf16"'],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_METHODS)
+def test_real_methods_on_a_real_pipeline_go_on_bit_by_bit(tmp_path: Path, name: str) -> None:
+    tiny.toy().save_pretrained(tmp_path / "pipeline")
+    pictures = torch.Generator().manual_seed(0)
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        pixels = torch.randint(256, (16, 16, 3), generator=pictures, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\n")
+    (tmp_path / "run.toml").write_text(
+        f'pipeline = "{tmp_path}/pipeline"\n[method]\nname = "{name}"\n'
+        f'[data]\nprompts = "{tmp_path}/prompts.txt"\nimages = "{tmp_path}/images"\n'
+        f"[train]\nsteps = {STEPS}\nbatch = 2\nlr = 1e-3\nema = 0.9\nlog_every = 1\nthreads = 1\n"
+        "checkpoint_every = 15\nkeep_checkpoints = 0\n"
+    )
+    straight, back = tmp_path / "straight", tmp_path / "back"
+    assert run.distill(load(tmp_path / "run.toml", REAL_METHODS[name]), straight, device="cpu", quiet=True) == 0
+    shutil.copytree(straight, back)
+    first = str(back / "checkpoints" / "step-00000015")  # before progressive distillation's second stage
+    assert run.distill(load(tmp_path / "run.toml", REAL_METHODS[name]), back, resume=first, device="cpu", quiet=True) == 0
+    assert (back / "checkpoints" / f"set-aside-step-{STEPS:08d}").is_dir()
+    assert_same_run(straight, back)
+    loaded = run.load_run(back)
+    assert loaded.averaged and loaded.method.sampler().steps >= 1
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 
 from fastgen import config as configuration
 from fastgen.config import TOY, RunConfig
@@ -43,7 +45,7 @@ CONFIG, ENVIRONMENT = "config.toml", "environment.json"
 OURS = ("metrics.jsonl", "samples", "checkpoints", ENVIRONMENT)
 TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 SECONDARY_ROLES = ("target",)  # copies of the student that a method keeps: trained as the student is
-GRID_PROMPTS = 8
+GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
     f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads")
 )
@@ -87,7 +89,8 @@ def distill(
         grids = None
         if rank() == 0:
             prompts = config.train.sample_prompts or list(dict.fromkeys(data.prompts))[:GRID_PROMPTS]
-            size = max(1, config.train.batch // config.train.micro_batches)
+            # What fits in training fits in sampling; a CPU has the memory for more at once.
+            size = 16 if place.type == "cpu" else config.train.batch // config.train.micro_batches
             teacher = FewStep(even_times(50, pipeline.process), guidance=teacher_guidance(config.method, pipeline))
             grids = Grids(
                 pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast
@@ -138,6 +141,8 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
     roles: dict[str, Any] = {role: config.role(role) for role in (*configuration.ROLES, *SECONDARY_ROLES)}
     frozen_base = all(mode == "lora" for mode in roles.values())
     targets = None if config.lora.targets is None else tuple(config.lora.targets)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # The bars of loading a file are not the run's.
     return load_pipeline(
         str(TOY_TEACHER) if config.pipeline == TOY else config.pipeline,
         roles=roles,
