@@ -52,6 +52,8 @@ def test_the_wheel_holds_every_module_and_the_toy_weights(built: tuple[set[str],
     weights = tracked(PACKAGE / "data" / "toy" / "weights", "*.*")
     for names in (source, wheel):
         assert modules - names == set() and weights - names == set() and "fastgen/py.typed" in names
+    recipes = {f"fastgen/{each}" for each in tracked(ROOT / "configs", "*.toml")}
+    assert recipes and recipes - wheel == set(), "quickstart runs from a wheel"
     outside = {name for name in wheel if not name.startswith(("fastgen/", "fastgen_diffusion-"))}
     assert outside == set(), "importable top-level packages would pollute every environment"
     assert "fastgen = fastgen.cli:main" in metadata and f"Version: {fastgen.__version__}" in metadata

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastgen.cli.eval import add_protocol, names, protocol
 from fastgen.cli.options import add_common, emit, say, writable
@@ -18,7 +17,6 @@ from fastgen.cli.targets import add_run_options, export_run, is_export, is_run, 
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
-    from fastgen.eval.results import Row
     from fastgen.eval.sweep import Candidate
 
 
@@ -30,12 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="of the teacher, 1 = off; default: the pipeline's own")
     add_protocol(parser)
     add_run_options(parser)
-    add_common(parser, "folder for tables, pictures and report.html", required=True)
+    add_common(parser, "folder for results, pictures, report.html and tradeoff.png", required=True)
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastgen.eval.figure import write_figure
     from fastgen.eval.report import write_report
+    from fastgen.eval.results import load_results
     from fastgen.eval.sweep import sweep, teacher
+    from fastgen.eval.table import table
 
     writable(args.output)
     asked = protocol(args)
@@ -51,20 +52,11 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda what, done, total: say(args, f"{100 * done // total:3d} %  {what}"),
     )  # fmt: skip
     report = write_report(args.output)
-    result = {"report": str(report), "rows": json.loads(json.dumps([asdict(row) for row in rows], default=str))}
-    emit(args, result, f"{table(rows)}\nreport: {report}")
+    figure = write_figure(load_results(args.output), args.output / "tradeoff.png")
+    result: dict[str, Any] = {"report": str(report), "figure": str(figure)}
+    result["rows"] = json.loads(json.dumps([asdict(row) for row in rows], default=str))
+    emit(args, result, f"{table(rows)}\n\nreport  {report}\nfigure  {figure}")
     return 0
-
-
-def table(rows: Sequence[Row]) -> str:
-    """A line a row, columns aligned."""
-    keys = sorted({key for row in rows for key in row.scores})
-    lines = [["name", "steps", "seconds", *keys]]
-    for row in rows:
-        scores = [f"{row.scores[key]:.4g}" if key in row.scores else "-" for key in keys]
-        lines.append([row.name, str(row.steps), f"{row.seconds:.3g}", *scores])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def student_of(target: str, args: argparse.Namespace) -> Candidate:
