@@ -25,9 +25,9 @@ from fastgen.eval.evaluation import real_images, toy_prompts
 from fastgen.eval.features import _Images, extract
 from fastgen.eval.generate import generate, load_pipeline, noise_seed
 from fastgen.eval.images import from_uint8, read_images, to_pillow, to_uint8, write_images
-from fastgen.eval.metrics.clip_score import clip_scores, load_clip
-from fastgen.eval.metrics.diversity import pairwise_distance
-from fastgen.eval.metrics.fidelity import distances, frechet_distance
+from fastgen.eval.measures.clip_score import clip_scores, load_clip
+from fastgen.eval.measures.diversity import pairwise_distance
+from fastgen.eval.measures.fidelity import distances, frechet_distance
 from fastgen.eval.registry import Reading, metric
 
 NUMBER = 400
@@ -203,7 +203,7 @@ def test_few_images_are_named_with_their_number():
 
 def test_networks_that_are_not_there_are_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("fastgen.eval.metrics.clip_score.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("fastgen.eval.measures.clip_score.try_to_load_from_cache", lambda *_: None)
     prompts, scenes, images = world()
     notes: list[str] = []
     scores = score_images(images[:20], prompts[:20], scenes=scenes[:20], world=PHOTO, notes=notes)
@@ -266,7 +266,7 @@ def test_unusable_folders_are_named(tmp_path: Path):
     assert read_images(tmp_path, size=4).shape == (2, 3, 4, 4)
     (tmp_path / "c.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"c\.png cannot be read"):
-        read_images(tmp_path)
+        read_images(tmp_path, size=4)
 
 
 def test_a_new_metric_needs_a_name_of_its_own():

@@ -23,7 +23,7 @@ from fastgen.errors import UserError
 from fastgen.eval.features import features_hash, file_hash
 from fastgen.eval.generate import generate, load_pipeline
 from fastgen.eval.images import check_images, read_images, to_uint8, write_images
-from fastgen.eval.metrics.clip_score import clip_weights
+from fastgen.eval.measures.clip_score import clip_weights
 from fastgen.eval.registry import Evidence, metrics
 from fastgen.eval.world import PHOTO, TOY, World
 

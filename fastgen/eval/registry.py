@@ -1,4 +1,4 @@
-"""What a metric is, and the list of them. A new metric is one file in `fastgen/eval/metrics/`, found by itself.
+"""What a metric is, and the list of them. A new metric is one file in `fastgen/eval/measures/`, found by itself.
 
 @metric("brightness", needs=("images",), readings={"brightness": Reading("Mean brightness", best="none")})
 def brightness(evidence: Evidence) -> dict[str, float]:
@@ -98,7 +98,7 @@ def metric(name: str, *, needs: tuple[Need, ...], readings: dict[str, Reading]) 
 
 @cache
 def _discover() -> None:
-    package = importlib.import_module("fastgen.eval.metrics")
+    package = importlib.import_module("fastgen.eval.measures")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 
