@@ -166,11 +166,14 @@ class Exact:
         end = self.end(t)
         landed = self.teacher.flow_map(xt, t, end, condition, self.guidance)
         # On the circle of `flow_map` a jump is the rotation z_end = cos(turn) z - sin(turn) v, which is solved for v.
+        # Its limit for no turn at all is the teacher's v.
         (alpha, sigma), (alpha_end, sigma_end) = (self.process.coefficients(at, landed) for at in (t, end))
         z, z_end = (x / (a**2 + b**2).sqrt() for x, a, b in ((xt.double(), alpha, sigma), (landed, alpha_end, sigma_end)))
         angle = torch.atan2(sigma, alpha)
         turn = angle - torch.atan2(sigma_end, alpha_end)
-        v = (turn.cos() * z - z_end) / turn.sin()
+        v = (turn.cos() * z - z_end) / torch.where(turn > 0, turn.sin(), 1.0)
+        x0, eps = self.teacher(xt.double(), t, condition).solve()
+        v = torch.where(turn > 0, v, angle.cos() * eps - angle.sin() * x0)
         x0, eps = angle.cos() * z - angle.sin() * v, angle.sin() * z + angle.cos() * v
         output = self.process.target(self.kind, x0, eps, t)
         return Prediction(output.to(torch.promote_types(xt.dtype, torch.float32)), self.kind, xt, t, self.process)

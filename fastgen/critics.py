@@ -71,7 +71,7 @@ def token_head(channels: int, hidden: int) -> nn.Sequential:
 
 
 class Heads(nn.Module):
-    """One head per feature, made for features of the given shapes (without the batch): as wide as those, 32 to `width` channels."""
+    """One head per feature, made for features of these shapes (without the batch): as wide, within 32 to `width`."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], width: int = 1280):
         super().__init__()

@@ -160,7 +160,7 @@ def train(
     anneal: bool = True,
     after_turn: Callable[[Player, dict[str, Tensor]], None] = lambda player, terms: None,
 ) -> None:
-    """Players in turn, gradients reaching the mover alone; `after_turn` sees them before the step. Rates fall to 0 in each stage."""
+    """Players in turn, gradients reaching the mover alone; `after_turn` sees them. Rates fall to 0 in a stage."""
     players = list(method.players())
     weights = {player.name: [w for w in player.weights.parameters() if w.requires_grad] for player in players}
     optimizers: dict[str, torch.optim.Optimizer] = {}

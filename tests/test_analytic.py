@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def test_gaussian_map_is_the_limit_of_many_ddim_steps(process: str) -> None:
     grid = torch.linspace(high, 0.0, 301, dtype=torch.float64)
     x = start = points(teacher, grid[:1].expand(4))
     condition = teacher.unconditional(4)
-    for t, s in zip(grid, grid[1:], strict=False):
+    for t, s in pairwise(grid):
         x = teacher(x, t.expand(4), condition).at(s.expand(4))
     exact = teacher.flow_map(start, grid[:1].expand(4), grid[-1:].expand(4), condition)
     # Measured at most 1.0e-2; the error falls as one over the number of steps.
@@ -68,7 +70,7 @@ def test_mixture_map_is_a_semigroup_and_follows_ddim(process: str) -> None:
     torch.testing.assert_close(there, via, rtol=0, atol=1e-5)
     torch.testing.assert_close(teacher.flow_map(there, s, t, condition), start, rtol=1e-4, atol=1e-4)
     x, grid = start, torch.linspace(high, 0.0, 301, dtype=torch.float64)
-    for a, b in zip(grid, grid[1:], strict=False):
+    for a, b in pairwise(grid):
         x = teacher(x, a.expand(6), condition).at(b.expand(6))
     torch.testing.assert_close(x, there, rtol=0, atol=6e-2)
 

@@ -147,9 +147,9 @@ def test_names_and_nearest() -> None:
     assert methods.names() == sorted(methods.names())
     with pytest.raises(UserError, match="no method 'dmd3'; did you mean 'dmd2'"):
         methods.find("dmd3")
-    with pytest.raises(UserError, match="there are .*lcm"):
+    with pytest.raises(UserError, match=r"there are .*lcm"):
         methods.find("qqqqqqqq")
-    with pytest.raises(UserError, match="no method 'os.path'"):
+    with pytest.raises(UserError, match=r"no method 'os\.path'"):
         methods.find("os.path")
 
 
@@ -164,5 +164,5 @@ def test_installed_packages_add_methods(monkeypatch: pytest.MonkeyPatch) -> None
     assert methods.find("other") is methods.find("lcm")
     with pytest.raises(UserError, match="'broken' from no_such_package:Method cannot be imported"):
         methods.find("broken")
-    with pytest.raises(UserError, match="'wrong' .* is not a subclass"):
+    with pytest.raises(UserError, match=r"'wrong' .* is not a subclass"):
         methods.find("wrong")

@@ -78,9 +78,10 @@ class LCM(Method):
     def setup(self, pipeline: Pipeline) -> None:
         process = pipeline.process
         self.times = torch.tensor([*even_times(self.grid * self.solver_steps, process, self.shift), 0.0])
-        if len(self.times.unique()) < len(self.times):
+        own = len(self.times.unique()) - 1
+        if own < self.grid * self.solver_steps:
             points = f"grid = {self.grid} times solver_steps = {self.solver_steps}"
-            raise UserError(f"{points} is finer than the pipeline's own {len(self.times.unique()) - 1} times")
+            raise UserError(f"{points} is finer than the pipeline's own times, of which it meets {own}")
         self.teacher = pipeline.frozen()
         self.student = pipeline.trainable("student", guidance_embedding=self.embed_guidance)
         if self.guidance is not None and not self.student.embeds_guidance:

@@ -76,9 +76,9 @@ class Progressive(Method):
         if len(self.stages) > 1:
             self.previous = pipeline.trainable("previous").requires_grad_(False)
             self._hand_over()
-        times = even_times(self.start_steps, pipeline.process, self.shift)
-        if len(set(times)) < len(times):
-            raise UserError(f"start_steps = {self.start_steps} is more than the pipeline's own {len(set(times))} times")
+        own = len({t for t in even_times(self.start_steps, pipeline.process, self.shift) if t > 0})
+        if own < self.start_steps:
+            raise UserError(f"start_steps = {self.start_steps} is finer than the pipeline's own times, of which it meets {own}")
 
     def players(self) -> Sequence[Player]:
         return [Player("student", self.student, self.loss)]

@@ -1,0 +1,231 @@
+"""DMD2: its gradient, its inputs, its two players, and where a Gaussian student ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.analytic import Gaussian, Mixture
+from fastgen.errors import UserError
+from fastgen.methods import dmd2
+from fastgen.methods.dmd2 import DMD2
+from fastgen.process import Prediction
+from fastgen.samplers import FewStep, even_times
+from tests.method_fakes import (
+    PROCESSES,
+    TABLE,
+    FakePipeline,
+    GaussianScore,
+    batches,
+    learn_teacher,
+    train,
+    wasserstein,
+)
+
+PLAIN: dict[str, Any] = {"gan_weight": 0.0}
+
+
+def ready(pipeline: FakePipeline, **options: Any) -> DMD2:
+    method = DMD2(**options)
+    method.setup(pipeline)  # type: ignore[arg-type]
+    return method
+
+
+def test_what_it_needs_follows_from_the_gan() -> None:
+    assert DMD2().needs == {"prompts", "images"} and DMD2(gan_weight=0).needs == {"prompts"}
+    pipeline = FakePipeline(TABLE, (3,))
+    method, batch = ready(pipeline, **PLAIN), next(batches(pipeline, 4))
+    batch.latents = None
+    assert [set(player.loss(batch)) for player in method.players()] == [{"score"}, {"dmd"}]
+    assert method.critic.heads is None
+    method, batch = ready(pipeline), next(batches(pipeline, 4))
+    assert [set(player.loss(batch)) for player in method.players()] == [{"score", "gan"}, {"dmd", "gan"}]
+
+
+def test_two_time_scales() -> None:
+    fake, student = ready(FakePipeline(TABLE, (3,)), fake_lr_scale=2.0).players()
+    assert (fake.name, fake.every, fake.lr_scale) == ("fake_score", 1, 2.0) and (student.name, student.every) == ("student", 5)
+
+
+def test_the_papers_timesteps() -> None:
+    pipeline = FakePipeline(TABLE, (3,))
+    four = ready(pipeline).sampler()
+    assert four == ready(pipeline, timesteps=(999, 749, 499, 249)).sampler()
+    assert four.gamma == 1.0 and four.guidance == 1.0
+    assert ready(pipeline, timesteps=(399,)).sampler().times == (0.4,)
+    spec = four.scheduler(TABLE, "eps")
+    assert spec.class_name == "LCMScheduler" and spec.call["guidance_scale"] == 1.0
+    with pytest.raises(UserError, match="trained for 4 steps, not for 2"):
+        ready(pipeline).sampler(2)
+
+
+def test_the_gradient_by_hand() -> None:
+    """Guided teacher and fake score on a table, against the authors' formula with the table's own numbers."""
+    pipeline = FakePipeline(TABLE, (3,), "eps")
+    method = ready(pipeline, guidance=8.0, **PLAIN)
+    nn.init.normal_(method.critic.fake.network.leave.bias)
+    batch, x = next(batches(pipeline, 16)), torch.randn(16, 3, requires_grad=True)
+    torch.manual_seed(7)
+    (gradient,) = torch.autograd.grad(method.matching(x, batch.condition), x)
+    torch.manual_seed(7)
+    index = (1000 * (0.02 + 0.96 * torch.rand(16))).long()
+    table = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[index]
+    a, s = table.sqrt().float()[:, None], (1 - table).sqrt().float()[:, None]
+    with torch.no_grad():
+        xt, t = a * x + s * torch.randn(16, 3), (index + 1) / 1000
+        mask, null = batch.condition.inputs["components"], batch.condition.null.inputs["components"]
+        fake = (xt - s * method.critic.fake.network(xt, t, mask, None)) / a
+        yes, no = (pipeline.base(xt, t, which, None) for which in (mask, null))
+        real = (xt - s * (no + 8 * (yes - no))) / a
+        p_real, p_fake = x - real, x - fake
+        expected = (p_real - p_fake) / p_real.abs().mean(1, keepdim=True) / x.numel()
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_pulls_when_the_fake_score_is_the_teacher() -> None:
+    pipeline = FakePipeline(TABLE, (3,))
+    method, batch = ready(pipeline, **PLAIN), next(batches(pipeline, 8))
+    method.student_loss(batch)["dmd"].backward()
+    assert all(p.grad is None or p.grad.abs().max() < 1e-8 for p in method.student.parameters())
+
+
+@pytest.mark.parametrize("exit_at", range(4))
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_training_inputs_are_inference_inputs(process: str, exit_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = FakePipeline(PROCESSES[process], (3,))
+    method, batch = ready(pipeline, **PLAIN), next(batches(pipeline, 64))
+    inputs: list[tuple[Tensor, Tensor]] = []
+    method.student.register_forward_hook(lambda module, args, prediction: inputs.append((prediction.xt, prediction.t)))
+    monkeypatch.setattr(dmd2, "shared_choice", lambda count, device: exit_at)
+    torch.manual_seed(11)
+    trained = method.generate(batch)
+    trained_inputs = list(inputs)
+    seen: list[Prediction] = []
+    torch.manual_seed(11)
+    method.sampler().sample(method.student, torch.randn(batch.shape), batch.condition, watch=seen.append)
+    assert len(trained_inputs) == exit_at + 1
+    for (xt, t), prediction in zip(trained_inputs, seen, strict=False):
+        assert torch.equal(xt, prediction.xt) and torch.equal(t, prediction.t)
+    assert torch.equal(trained, seen[exit_at].x0) and trained.requires_grad and not trained_inputs[-1][0].requires_grad
+
+
+def test_the_gan_reaches_the_student_in_its_own_turn_only() -> None:
+    pipeline = FakePipeline(TABLE, (3, 4, 4))
+    method, batch = ready(pipeline), next(batches(pipeline, 4))
+    terms = method.fake_loss(batch)
+    for term in terms.values():
+        grads = torch.autograd.grad(term, list(method.student.parameters()), retain_graph=True, allow_unused=True)
+        assert all(grad is None for grad in grads)
+    heads = list(method.critic.heads.parameters())
+    assert all(g is None for g in torch.autograd.grad(terms["score"], heads, retain_graph=True, allow_unused=True))
+    shared = method.critic.fake.network.enter.weight
+    assert torch.autograd.grad(terms["gan"], [shared, *heads])[0].abs().max() > 0
+    (pull,) = torch.autograd.grad(method.student_loss(batch)["gan"], [method.student.network.leave.weight])
+    assert pull.abs().max() > 0
+
+
+def test_the_discriminator_sees_real_as_real() -> None:
+    """Trained on its own loss alone, the head puts data above samples, and the student's loss pushes towards data."""
+    teacher = Gaussian(torch.tensor([3.0, 3.0]), 0.1, PROCESSES["flow"])
+    pipeline = FakePipeline(PROCESSES["flow"], (2,), "flow", teacher=teacher, labels=1)
+    method = ready(pipeline, steps=1)
+    source = batches(pipeline, 64, ("0",))
+    optimizer = torch.optim.Adam(method.critic.parameters(), 3e-3)
+    for _ in range(60):
+        method.fake_loss(next(source))["gan"].div(method.critic_weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    batch, t = next(source), torch.full((64,), 0.2)
+    x = method.generate(batch).detach().requires_grad_()
+
+    def logits(x: Tensor) -> Tensor:
+        xt = method.process.add_noise(x, torch.zeros_like(x), t)
+        return method.critic.logits(method.critic.fake(xt, t, batch.condition, features=method.critic.layers).features)
+
+    assert logits(batch.latents).mean() > logits(x).mean() + 1
+    (step,) = torch.autograd.grad(dmd2.nonsaturating_student(logits(x)), x)
+    assert (-step * (batch.latents - x)).sum() > 0
+
+
+def test_a_network_that_answers_nonsense_does_no_harm() -> None:
+    pipeline = FakePipeline(TABLE, (3,))
+    method, batch = ready(pipeline, **PLAIN), next(batches(pipeline, 8))
+    with torch.no_grad():
+        method.critic.fake.network.leave.bias.fill_(torch.nan)
+    loss = method.student_loss(batch)["dmd"]
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in method.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"timesteps": (499, 999)}, r"timesteps must decrease .* \[499, 999\]"),
+        ({"timesteps": (999, -1)}, "timesteps must .* not be negative"),
+        ({"timesteps": (1999, 999)}, "timesteps begin at 1999, but the pipeline's last is 999"),
+        ({"timesteps": (999,), "shift": 3.0}, r"timesteps = \[999\] .* shift = 3"),
+        ({"student_every": 0}, "student_every must be at least 1"),
+        ({"gan_weight": -1.0}, "gan_weight = -1 and critic_weight = 0.01 must not be negative"),
+        ({"critic_weight": 0.0}, "gan_weight = 0.005 needs .* critic_weight must be above 0"),
+        ({"low": 0.9, "high": 0.1}, "low = 0.9 and high = 0.1"),
+    ],
+)
+def test_contradictions_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ready(FakePipeline(TABLE, (3,)), **options)
+
+
+def test_a_gan_without_features_is_refused() -> None:
+    pipeline = FakePipeline(TABLE, (3,))
+    pipeline.feature_layers = ()
+    with pytest.raises(UserError, match=r"gan_weight = 0\.005 needs feature layers"):
+        ready(pipeline)
+
+
+class Linear(nn.Module):
+    """x0 = a z + b: the student of which two numbers are to be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor, guidance: Tensor | None) -> Tensor:
+        return self.a * x + self.b
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_a_linear_student_becomes_the_gaussian(process: str) -> None:
+    """G(z) = a z + b under N(0.8, 0.5^2), with a fake score that is a Gaussian's: b comes to 0.8 and |a| to 0.5."""
+    p = PROCESSES[process]
+    teacher = Gaussian(torch.full((16,), 0.8), 0.5, p)
+    networks = {"student": Linear, "fake_score": lambda: GaussianScore(p, -0.5, 1.0)}
+    pipeline = FakePipeline(p, (16,), "x0", teacher=teacher, labels=1, networks=networks)
+    method = ready(pipeline, steps=1, student_every=2, **PLAIN)
+    train(method, batches(pipeline, 64, ("0",)), 800, 0.05)
+    a, b = float(method.student.network.a.detach()), float(method.student.network.b.detach())
+    # Measured 0.010 and 0.002.
+    assert abs(abs(a) - 0.5) < 0.05 and abs(b - 0.8) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gan_weight", [0.0, 0.02])
+def test_a_mixture_is_learnt_in_two_steps(gan_weight: float) -> None:
+    """Two labels of a mixture in two dimensions; the student's marginals come near the data's."""
+    means = torch.tensor([[-1.0, 0.8], [-1.0, -0.8], [1.0, 0.0]])
+    teacher = Mixture([0.3, 0.3, 0.4], means, [0.3, 0.3, 0.3], PROCESSES["flow"])
+    pipeline = FakePipeline(PROCESSES["flow"], (2,), "flow", teacher=teacher, labels=3, width=64)
+    learn_teacher(pipeline, 3000)
+    method = ready(pipeline, steps=2, gan_weight=gan_weight, student_every=3)
+    train(method, batches(pipeline, 256, ("0 1", "2")), 4500, 1e-3, betas=(0.5, 0.99))
+    condition = pipeline.encode_prompts(["0 1", "2"] * 2000)
+    data = teacher.sample(condition)
+    with torch.no_grad():
+        x = method.sampler().sample(method.trained, torch.randn(4000, 2), condition)
+    before = FewStep(even_times(2), gamma=1.0).sample(teacher, torch.randn(4000, 2), condition)
+    found, at_first = ([wasserstein(y[i::2, d], data[i::2, d]) for i in range(2) for d in range(2)] for y in (x, before))
+    print("W1", [f"{each:.3f}" for each in found], "undistilled", [f"{each:.3f}" for each in at_first])
+    assert max(found) < 0.2 < max(at_first)
