@@ -70,8 +70,8 @@ def test_real_images_score_like_real_images():
 @pytest.mark.parametrize("name", ["blur", "noise", "contrast", "coarse", "shuffle", "blend", "warp"])
 def test_damage_shows_in_every_metric(name):
     scores, best = damaged(name), clean()
-    assert scores["fd"] > 4 * scores["fd_floor"]
-    assert scores["precision"] < best["precision"] - 0.3
+    assert scores["fd"] > 10 * scores["fd_floor"]
+    assert scores["precision"] < best["precision"] - 0.5
     assert scores["accuracy"] < best["accuracy"]
     assert scores["clip_score"] < best["clip_score"]
 

@@ -243,7 +243,7 @@ def describe_world(world: World) -> dict[str, Any]:
         "features": world.features,
         "features_sha256": features,
         "clip": world.clip,
-        "clip_sha256": None if clip is None else file_hash(clip),
+        "clip_sha256": None if clip is None or not clip.is_file() else file_hash(clip),
         "versions": {"fastgen": __version__, **versions},
     }
 
