@@ -135,7 +135,9 @@ def test_eval_and_sweep_measure_through_plain_diffusers(
     result = json.loads(capsys.readouterr().out)
     rows = [(row["role"], row["steps"]) for row in result["rows"]]
     assert rows == [("real", 0), ("teacher", 2), ("teacher", 1), ("student", 2)]
-    assert "<html" in Path(result["report"]).read_text() and Image.open(result["figure"]).size[0] > 100
+    assert "<html" in Path(result["report"]).read_text()
+    with Image.open(result["figure"]) as figure:
+        assert figure.size[0] > 100
     assert "is neither a run directory nor an export" in complaint(capsys, "sweep", teacher, "-o", tmp_path / "other", "-q")
     assert "whole numbers from 1" in complaint(capsys, "sweep", trained, "--steps", "4,x", "-o", tmp_path / "other")
 
