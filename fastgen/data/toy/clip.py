@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
-from fastgen.data.toy.captions import WORDS, caption
+from fastgen.data.toy.captions import caption
 from fastgen.data.toy.corruptions import corrupt
 from fastgen.data.toy.reader import OBJECT_HEADS, SCENE_HEADS
 from fastgen.data.toy.scenes import BACKGROUNDS, IMAGE_SIZE, Scenes, render, sample_scenes
+from fastgen.data.toy.tokenizer import toy_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights" / "clip"
 CONTEXT = 24
@@ -41,7 +41,7 @@ def clip_config() -> dict[str, Any]:
             "vision_cfg": {"image_size": IMAGE_SIZE, "timm_model_name": "test_resnet", "timm_pool": "avg"},
             "text_cfg": {
                 "context_length": CONTEXT,
-                "vocab_size": len(clip_tokenizer()),
+                "vocab_size": len(toy_tokenizer(CONTEXT)),
                 "hf_tokenizer_name": "fastgen-toy",
                 "width": 64,
                 "heads": 4,
@@ -89,34 +89,10 @@ def near_misses(scenes: Scenes, generator: torch.Generator, *, edit: str | None 
 
 
 @lru_cache(maxsize=1)
-def clip_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with one token for each word of the grammar, the same in every process; the end token is the largest.
-
-    Byte pairs are merged from the front of one word after the other. A later merge ranks lower and so cannot break a word that
-    is one token already. (The trainer of `tokenizers` orders its alphabet differently each time.)
-    """
-    letters = sorted({letter for word in WORDS for letter in word})
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
-    for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        for pair in merges:
-            for i in range(len(parts) - 1, 0, -1):
-                if (parts[i - 1], parts[i]) == pair:
-                    parts[i - 1 : i + 1] = ["".join(pair)]
-        while len(parts) > 1:
-            merges.append((parts[0], parts[1]))
-            parts[:2] = [parts[0] + parts[1]]
-            vocabulary.append(parts[0])
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    ids = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT, pad_token="<|endoftext|>")
-
-
 def tokenize(texts: list[str]) -> Tensor:
     """Token ids [B, 24], as `open_clip.get_tokenizer` of the shipped folder makes them."""
     options = {"return_tensors": "pt", "padding": "max_length", "max_length": CONTEXT, "truncation": True}
-    ids: Tensor = clip_tokenizer()(texts, **options).input_ids
+    ids: Tensor = toy_tokenizer(CONTEXT)(texts, **options).input_ids
     return ids
 
 
@@ -226,4 +202,4 @@ def save_clip(model: nn.Module, folder: Path) -> None:
     (folder / "open_clip_config.json.tmp").write_text(json.dumps(clip_config(), indent=2) + "\n")
     for name in ("open_clip_model.safetensors", "open_clip_config.json"):
         (folder / f"{name}.tmp").replace(folder / name)
-    clip_tokenizer().save_pretrained(folder)
+    toy_tokenizer(CONTEXT).save_pretrained(folder)
