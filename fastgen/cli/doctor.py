@@ -22,6 +22,7 @@ from fastgen.errors import UserError
 
 GIB = 2**30
 DISTRIBUTION = "fastgen-diffusion"
+TOY_PARTS = ("teacher", "clip", "reader")
 KERNELS = {  # import name -> what brings it
     "xformers.ops":   "xformers",
     "flash_attn":     "flash-attn",
@@ -159,13 +160,15 @@ def attention() -> Iterator[Finding]:
 
 def shipped() -> Iterator[Finding]:
     """The toy world's weights, which come with the package."""
-    weights = sorted((Path(__file__).parents[1] / "data" / "toy" / "weights").rglob("*.safetensors"))
-    pointers = [each for each in weights if each.stat().st_size < 1024]
-    size = sum(each.stat().st_size for each in weights) / 2**20
-    if weights and not pointers:
-        yield Finding("toy weights", "ok", f"{len(weights)} files, {size:.1f} MiB")
-    else:
-        yield Finding("toy weights", "wrong", "missing: quickstart cannot run; install the package again")
+    folder = Path(__file__).parents[1] / "data" / "toy" / "weights"
+    weights = {part: list((folder / part).rglob("*.safetensors")) for part in TOY_PARTS}
+    missing = [part for part, files in weights.items() if not files]
+    if missing:
+        detail = f"{', '.join(missing)} missing from {folder}: quickstart cannot run; install the package again"
+        yield Finding("toy weights", "wrong", detail)
+        return
+    size = sum(each.stat().st_size for files in weights.values() for each in files) / 2**20
+    yield Finding("toy weights", "ok", f"{', '.join(weights)}: {size:.1f} MiB")
 
 
 def storage(output: Path) -> Iterator[Finding]:
