@@ -160,15 +160,15 @@ def from_tables(tables: dict[str, Any], source: Source) -> RunConfig:
 
 
 def method_from(table: Any, source: Source) -> tuple[str, Method]:
-    from fastgen import methods  # the registry imports torch
+    from fastgen.methods import find, names  # the registry imports torch
 
     if not isinstance(table, dict):
         source.wrong(("method",), f"must be a section with a name, not {schema.shown(table)}")
     if "name" not in table:
-        source.wrong(("method", "name"), f"is missing{nearest('', methods.names())}")
+        source.wrong(("method", "name"), f"is missing{nearest('', names())}")
     name = schema.convert(str, table["name"], ("method", "name"), source)
     try:
-        cls = methods.find(name)
+        cls = find(name)
     except UserError as error:
         raise UserError(f"{source.of(('method', 'name'))}: method.name: {error}") from error
     rest = {key: value for key, value in table.items() if key != "name"}

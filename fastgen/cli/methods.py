@@ -16,15 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastgen import methods
+    from fastgen.methods import find, names
 
     if args.method is None:
-        rows = [summary(name, methods.find(name)) for name in methods.names()]
+        rows = [summary(name, find(name)) for name in names()]
         width = max(len(row["name"]) for row in rows)
         lines = [f"{row['name']:<{width}}  {row['summary']}" for row in rows]
         emit(args, rows, "\n".join(lines), args.output)
         return 0
-    about = explained(args.method, methods.find(args.method))
+    about = explained(args.method, find(args.method))
     comment = "".join(f"# {line}".rstrip() + "\n" for line in about["documentation"].splitlines())
     emit(args, about, f"{comment}#\n# needs: {', '.join(about['needs'])}\n\n{about['config']}", args.output)
     return 0
