@@ -89,5 +89,5 @@ class Method(ABC):
         """What a resumed run needs beside the players' weights: tensors in nested dictionaries, and JSON values."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most methods have no state of their own
         """Inverse of `state`."""

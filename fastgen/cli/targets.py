@@ -41,7 +41,7 @@ def export_run(loaded: LoadedRun, output: Path, *, format: str = "diffusers", st
 
     config = loaded.config
     record = {
-        **{"method": config.method_name, "base": config.pipeline, "teacher_loras": config.teacher_loras},
+        **{"method": config.method_name, "base": plain_folder(config.pipeline), "teacher_loras": config.teacher_loras},
         **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
         **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
     }

@@ -22,7 +22,7 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype = torch.float32, dev
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"the diffusers pipeline in {folder} cannot be loaded: {error}") from error
     return pipeline.to(device)

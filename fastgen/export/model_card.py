@@ -65,12 +65,12 @@ def snippet(pipeline: Pipeline, description: Mapping[str, Any], output: Path) ->
     folder = json.dumps(str(output))
     if description["format"] == "diffusers":
         imports = name
-        load = [f"pipeline = {name}.from_pretrained({folder}, torch_dtype={dtype})"]
+        load = [f"pipeline = {name}.from_pretrained({folder}, dtype={dtype})"]
     else:
         scheduler = description["scheduler"]["class"]
         imports = ", ".join(sorted((scheduler, name)))
         base = json.dumps(record.get("base") or "the base model")
-        load = [f"pipeline = {name}.from_pretrained({base}, torch_dtype={dtype})"]
+        load = [f"pipeline = {name}.from_pretrained({base}, dtype={dtype})"]
         for file in map(Path, record.get("teacher_loras", ())):
             place, weights = json.dumps(str(file.parent)), json.dumps(file.name)
             load += [f"pipeline.load_lora_weights({place}, weight_name={weights})", "pipeline.fuse_lora()"]

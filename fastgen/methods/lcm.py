@@ -87,8 +87,8 @@ class LCM(Method):
         if self.guidance is not None and not self.student.embeds_guidance:
             raise UserError(f"guidance = {self.guidance:g} needs embed_guidance = true, which gives the student that input")
         if self.student.embeds_guidance:
-            own = pipeline.default_guidance if self.guidance is None else self.guidance
-            self.told = min(max(own, self.guidance_low), self.guidance_high)
+            scale = pipeline.default_guidance if self.guidance is None else self.guidance
+            self.told = min(max(scale, self.guidance_low), self.guidance_high)
         else:
             self.told = 1.0
         self.target: Denoiser | None = None

@@ -47,7 +47,7 @@ def load_pipeline(
         options["local_files_only"] = True
     try:
         loaded = diffusers.DiffusionPipeline.from_pretrained(
-            *(str(source or path),), torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            *(str(source or path),), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError, SafetensorError) as problem:
         raise _load_error(path, source, offline, problem) from problem

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from fastgen.data.toy.captions import caption
 from fastgen.data.toy.corruptions import corrupt
@@ -88,11 +89,15 @@ def near_misses(scenes: Scenes, generator: torch.Generator, *, edit: str | None 
     return wrong
 
 
-@lru_cache(maxsize=1)
+@lru_cache(1)
+def _tokenizer() -> CLIPTokenizer:
+    return toy_tokenizer(CONTEXT)
+
+
 def tokenize(texts: list[str]) -> Tensor:
     """Token ids [B, 24], as `open_clip.get_tokenizer` of the shipped folder makes them."""
     options = {"return_tensors": "pt", "padding": "max_length", "max_length": CONTEXT, "truncation": True}
-    ids: Tensor = toy_tokenizer(CONTEXT)(texts, **options).input_ids
+    ids: Tensor = _tokenizer()(texts, **options).input_ids
     return ids
 
 

@@ -84,7 +84,7 @@ def sample_scenes(number: int, generator: torch.Generator, *, split: str = "trai
         wanted[torch.arange(number), draw(2, number) * second] = True
         wanted |= (draw(4, number, 2) == 0) & (second == 1)[:, None]
     kinds = [draw(len(names), number, 2) for names in (SHAPES, COLOURS, TEXTURES, SIZES)]
-    while (wrong := is_held_out(*kinds, background[:, None]) != wanted).any():
+    while (wrong := is_held_out(kinds[0], kinds[1], kinds[2], kinds[3], background[:, None]) != wanted).any():
         for kind, names in zip(kinds, (SHAPES, COLOURS, TEXTURES, SIZES), strict=True):
             kind[wrong] = draw(len(names), int(wrong.sum()))
     shape, colour, texture, size = (kind * torch.stack([torch.ones_like(second), second], 1) for kind in kinds)

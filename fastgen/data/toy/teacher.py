@@ -195,8 +195,9 @@ def train_denoiser(
     torch.manual_seed(seed)
     tokenizer = toy_tokenizer()
     data = LatentPool(autoencoder, tokenizer, torch.Generator().manual_seed(seed), pool).batches(batch)
-    networks = nn.ModuleDict({"unet": build_unet(), "text": text_encoder})
-    networks["unet"].set_attn_processor(AttnProcessor())  # Faster than the fused kernel for heads this small on a CPU.
+    unet = build_unet()
+    unet.set_attn_processor(AttnProcessor())  # Faster than the fused kernel for heads this small on a CPU.
+    networks = nn.ModuleDict({"unet": unet, "text": text_encoder})
     average = copy.deepcopy(networks).eval().requires_grad_(False)
     process = VP(build_scheduler().alphas_cumprod)
     optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.99))
