@@ -373,11 +373,9 @@ def test_the_summary_compares_equal_steps() -> None:
 
 
 def test_guidance_scales_are_curves_of_their_own() -> None:
-    rows = made_up({"teacher 4": (8, 5), "teacher 2": (4, 9)})
-    rows += [replace(row, guidance=1.0) for row in rows]
-    assert [curve.label for curve in curves([*rows, *made_up({"student 4": (4, 6)})])] == [
-        "teacher",
-        "teacher, guidance 1",
-        "student",
-    ]
-    assert [row.steps for row in curves(rows)[0].rows] == [2, 4]
+    rows = [replace(row, guidance=3.0) for row in made_up({"teacher 50": (100, 2), "teacher 4": (8, 5), "teacher 2": (4, 9)})]
+    assert [curve.label for curve in curves(rows)] == ["teacher"]
+    rows += [replace(row, guidance=1.0) for row in rows[1:]]
+    made = curves([*made_up({"student 4": (4, 6)}), *rows])
+    assert [curve.label for curve in made] == ["teacher, guidance 3", "teacher, guidance 1", "student"]
+    assert [[row.steps for row in curve.rows] for curve in made] == [[2, 4, 50], [2, 4], [4]]

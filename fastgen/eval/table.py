@@ -43,7 +43,9 @@ def curves(rows: Iterable[Row]) -> list[Series]:
     measured = sorted((row for row in rows if row.role != "real"), key=lambda row: row.role != "teacher")
     found: dict[tuple[str, float | None], list[Row]] = {}
     for row in measured:
-        several = len({other.guidance for other in measured if other.name == row.name and other.steps == row.steps}) > 1
+        several = any(
+            a.guidance != b.guidance for a in measured for b in measured if a.name == b.name == row.name and a.steps == b.steps
+        )
         found.setdefault((row.name, row.guidance if several else None), []).append(row)
     made = []
     for (name, guidance), group in found.items():
@@ -144,12 +146,16 @@ def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     wide = console.width >= 110
     keys = [key for key in columns(rows) if wide or key not in WIDE]
+    labels = {id(row): curve.label for curve in curves(rows) for row in curve.rows}
     for i, title in enumerate(["Candidate", "Steps", "Guidance", "Calls", "Time", *(SHORT[key] for key in keys)]):
         if wide or title != "Guidance":
             shown.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     for row in ordered(rows):
         texts = _cells(row, keys)
-        shown.add_row(*(texts if wide else texts[:2] + texts[3:]), style={"student": "bold", "real": "dim"}.get(row.role, ""))
+        shown.add_row(
+            *(texts if wide else [labels.get(id(row), row.name), texts[1], *texts[3:]]),
+            style={"student": "bold", "real": "dim"}.get(row.role, ""),
+        )
     console.print(shown)
 
 
