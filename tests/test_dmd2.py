@@ -13,7 +13,7 @@ from fastgen.errors import UserError
 from fastgen.methods import dmd2
 from fastgen.methods.dmd2 import DMD2
 from fastgen.process import Prediction
-from fastgen.samplers import FewStep, even_times
+from fastgen.samplers import FewStep
 from tests.method_fakes import (
     PROCESSES,
     TABLE,
@@ -212,20 +212,20 @@ def test_a_linear_student_becomes_the_gaussian(process: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gan_weight", [0.0, 0.02])
-def test_a_mixture_is_learnt_in_two_steps(gan_weight: float) -> None:
+@pytest.mark.parametrize("gan_weight", [0.0, 5e-3])
+def test_a_mixture_is_learnt_in_one_step(gan_weight: float) -> None:
     """Two labels of a mixture in two dimensions; the student's marginals come near the data's."""
     means = torch.tensor([[-1.0, 0.8], [-1.0, -0.8], [1.0, 0.0]])
     teacher = Mixture([0.3, 0.3, 0.4], means, [0.3, 0.3, 0.3], PROCESSES["flow"])
     pipeline = FakePipeline(PROCESSES["flow"], (2,), "flow", teacher=teacher, labels=3, width=64)
-    learn_teacher(pipeline, 3000)
-    method = ready(pipeline, steps=2, gan_weight=gan_weight, student_every=3)
-    train(method, batches(pipeline, 256, ("0 1", "2")), 4500, 1e-3, betas=(0.5, 0.99))
+    learn_teacher(pipeline, 1000)
+    method = ready(pipeline, steps=1, gan_weight=gan_weight, student_every=3)
+    train(method, batches(pipeline, 128, ("0 1", "2")), 2000, 2e-3, betas=(0.0, 0.99))
     condition = pipeline.encode_prompts(["0 1", "2"] * 2000)
     data = teacher.sample(condition)
     with torch.no_grad():
         x = method.sampler().sample(method.trained, torch.randn(4000, 2), condition)
-    before = FewStep(even_times(2), gamma=1.0).sample(teacher, torch.randn(4000, 2), condition)
+    before = FewStep((1.0,)).sample(teacher, torch.randn(4000, 2), condition)
     found, at_first = ([wasserstein(y[i::2, d], data[i::2, d]) for i in range(2) for d in range(2)] for y in (x, before))
-    print("W1", [f"{each:.3f}" for each in found], "undistilled", [f"{each:.3f}" for each in at_first])
-    assert max(found) < 0.2 < max(at_first)
+    # Measured at most 0.113 without the GAN and 0.093 with it, from 0.80 before.
+    assert max(found) < 0.17 and max(at_first) > 0.6

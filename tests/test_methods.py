@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import Tensor
 from fastgen import methods
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.method import Method, Player
+from fastgen.method import Batch, Method, Player
+from fastgen.pipelines import LoraOptions, Pipeline
+from fastgen.pipelines.base import Mode
 from fastgen.process import Kind, Process
+from tests import tiny_models
 from tests.method_fakes import PROCESSES, FakePipeline, batches, train
 
 SMALL: dict[str, dict[str, Any]] = {  # options with which a few updates reach everything that a method has
@@ -131,6 +135,30 @@ def test_a_network_that_embeds_guidance_is_told_it(name: str) -> None:
     assert method.sampler().guidance == 3.5
     train(method, batches(pipeline, 4), 4, 1e-3)
     assert method.trained.network.told.weight.ne(pipeline.base.told.weight).any()
+
+
+@EVERY
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("build", [tiny_models.toy, tiny_models.sd3, tiny_models.flux], ids=lambda build: build.__name__)
+def test_diffusers_pipelines(name: str, build: Callable[[], Any], mode: Mode) -> None:
+    """Both players of every method move on stock networks, and with LoRA the base that they share gets no gradient."""
+    roles = dict.fromkeys(("student", "fake_score", "previous", "target"), mode)
+    pipeline = Pipeline.wrap(build(), roles=roles, lora=LoraOptions(rank=2))
+    method = methods.find(name)(**(SMALL[name] | ({"guidance": None} if build is tiny_models.flux else {})))
+    method.setup(pipeline)
+    condition, shape = pipeline.encode_prompts(["a red cube", "a blue ball"]), (2, *pipeline.latent_shape)
+    batch = Batch(condition, shape, torch.randn(shape))
+    for stage in (0, 4):
+        method.advance(stage, 6)
+        for player in method.players():
+            loss = torch.stack(list(player.loss(batch).values())).sum()
+            own = list(player.weights.parameters())
+            grads = torch.autograd.grad(loss, own, allow_unused=True)
+            assert loss.isfinite() and sum(float(grad.abs().sum()) for grad in grads if grad is not None) > 0
+    assert not any(weight.requires_grad for weight in pipeline.frozen().parameters())
+    with torch.no_grad():
+        x = method.sampler().sample(method.trained, torch.randn(shape), condition)
+    assert x.isfinite().all() and method.sampler().scheduler(pipeline.process, pipeline.kind).class_name
 
 
 @EVERY

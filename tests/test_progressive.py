@@ -194,9 +194,9 @@ def test_a_guided_mixture_is_learnt_in_one_step() -> None:
     means = torch.tensor([[-1.0, 1.0], [-1.0, -1.0], [1.0, 1.0], [1.0, -1.0]])
     teacher = Mixture([0.25] * 4, means, [0.25] * 4, PROCESSES["flow"])
     pipeline = FakePipeline(PROCESSES["flow"], (2,), "flow", teacher=teacher, labels=4, width=64)
-    learn_teacher(pipeline, 3000)
+    learn_teacher(pipeline, 1500)
     method = ready(pipeline, start_steps=16, stop_steps=1, factor=4, guidance=2.0)
-    train(method, batches(pipeline, 256, ("0 1", "2 3")), 4000, 2e-3)
+    train(method, batches(pipeline, 128, ("0 1", "2 3")), 2500, 2e-3)
     condition = pipeline.encode_prompts(["0 1", "2 3"] * 1000)
     noise = torch.randn(2000, 2)
     with torch.no_grad():
