@@ -118,7 +118,8 @@ def test_training_the_decoder_alone_leaves_the_latents() -> None:
     before = build_autoencoder().eval()
     with torch.no_grad():
         latents = before.encode(images).latent_dist.mean
-        after = train_autoencoder(2, start=before, decoder_only=True, batch=2, report=lambda step, terms: None)
+    after = train_autoencoder(2, start=before, decoder_only=True, batch=2, report=lambda step, terms: None)
+    with torch.no_grad():
         assert torch.equal(after.encode(images).latent_dist.mean, latents)
 
 
@@ -135,11 +136,11 @@ def test_the_pool_scales_latents_as_the_pipeline_does() -> None:
 
 
 def test_the_recipe_makes_a_folder_that_stock_diffusers_loads(tmp_path: Path) -> None:
-    short = ["denoiser.updates=1", "denoiser.batch=4", "denoiser.pool=64", "text_encoder.updates=1", "text_encoder.batch=4"]
+    short = ["text_encoder.updates=1", "text_encoder.batch=4", "denoiser=[{updates=1, batch=4, pool=64}, {updates=1, pool=64}]"]
     recipe = load_recipe(RECIPE, [*short, "autoencoder=[{updates=1, batch=2}, {updates=1, batch=2, decoder_only=true}]"])
     lines: list[str] = []
     train_teacher(recipe, tmp_path / "teacher", say=lines.append)
-    assert any("denoiser: update 1 of 1" in line for line in lines)
+    assert any("denoiser 2 of 2: update 1 of 1" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"], "parts and partial folders are gone"
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher")
     image = pipeline("a small red circle", num_inference_steps=1, output_type="np").images
@@ -151,9 +152,10 @@ def test_the_recipe_makes_a_folder_that_stock_diffusers_loads(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("denoiser.upates=3", "did you mean 'updates'"),
-        ("denoiser.updates=0", "updates must be at least 1"),
-        ("denoiser.lr=fast", "denoiser.lr"),
+        ("text_encoder.upates=3", "did you mean 'updates'"),
+        ("text_encoder.updates=0", "updates must be at least 1"),
+        ("text_encoder.lr=fast", "text_encoder.lr"),
+        ("denoiser=[{updates=0}]", "updates must be at least 1"),
         ("denoizer.lr=1", "did you mean 'denoiser'"),
         ("autoencoder=3", r"sections \[\[autoencoder\]\]"),
     ],

@@ -1,6 +1,6 @@
 """`fastgen quickstart`: the whole story on a laptop's CPU, without a download.
 
-Distils the toy teacher that ships, exports the student as a folder that plain diffusers loads, measures both through plain
+Distils the toy teacher that ships, exports the students as folders that plain diffusers loads, measures all through plain
 diffusers on held-out prompts, and writes one report. An interrupted quickstart goes on where it was.
 """
 
@@ -31,7 +31,7 @@ TEACHER_STEPS = (50, 4, 2, 1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"laid over configs/{RECIPE}: train.steps=200")
     parser.add_argument("--number", type=int, default=IMAGES, metavar="N", help=f"pictures a measurement (default {IMAGES})")
-    add_common(parser, "folder for run, student and report (default: runs/quickstart)")
+    add_common(parser, "folder for run, students and report (default: runs/quickstart)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,26 +44,25 @@ def run(args: argparse.Namespace) -> int:
     output = writable(args.output or Path("runs/quickstart"))
     wanted = config.load(recipe(RECIPE), [*args.overrides, f"seed={seed(args)}"])
     say(args, f"1 of 4  distil the toy teacher with {wanted.method_name}, {wanted.train.steps} updates, into {output}/run")
-    from fastgen.training.run import distill, load_run
+    from fastgen.training.run import distill
 
     status = distill(wanted, output / "run", device="cpu", offline=True, quiet=args.quiet)
     if status:
         return status
     trained = time.monotonic() - began
 
-    from fastgen.cli.targets import export_run
     from fastgen.eval.figure import write_figure
     from fastgen.eval.report import write_report
     from fastgen.eval.results import load_results
     from fastgen.eval.sweep import student, sweep, teacher
 
-    say(args, f"2 of 4  export the student to {output}/student, a folder that plain diffusers loads")
-    exported = export_run(load_run(output / "run", offline=True), output / "student")
-    say(args, f"3 of 4  draw and measure {args.number} pictures for each of {len(TEACHER_STEPS + STUDENT_STEPS)} settings")
+    say(args, f"2 of 4  export the students to {output}/student-*, folders that plain diffusers loads")
+    folders = export_students(output)
+    say(args, f"3 of 4  draw and measure {args.number} pictures for each of {len(TEACHER_STEPS) + len(folders)} settings")
     rows = sweep(
         [
             teacher(plain_folder(wanted.pipeline), steps=TEACHER_STEPS, guidance=GUIDANCE),
-            student(exported, steps=STUDENT_STEPS, name="student"),
+            *(student(folder, name="student") for folder in folders.values()),
         ],
         output / "sweep",
         images=args.number,
@@ -84,6 +83,22 @@ def run(args: argparse.Namespace) -> int:
     (output / "quickstart.json").write_text(json.dumps(result, indent=2) + "\n")
     emit(args, result, summary(rows, checks, output, figure, result["seconds"]["all"]))
     return 0
+
+
+def export_students(output: Path) -> dict[int, Path]:
+    """One export for each of `STUDENT_STEPS`: of the newest student whose own number of steps it is, or else of the last."""
+    from fastgen.cli.targets import export_run
+    from fastgen.training import checkpoint
+    from fastgen.training.run import load_run
+
+    run, found = output / "run", {}
+    for path in checkpoint.find(run):
+        loaded = load_run(run, checkpoint=path, offline=True)
+        found[loaded.method.sampler().steps] = loaded
+    last = loaded
+    return {
+        steps: export_run(found.get(steps, last), output / f"student-{steps}", steps=steps) for steps in STUDENT_STEPS
+    }
 
 
 def recipe(name: str) -> Path:
@@ -135,8 +150,8 @@ def summary(rows: Sequence[Row], checks: Sequence[dict[str, object]], output: Pa
         "",
         f"report   {output}/report.html",
         f"figure   {figure}",
-        f"student  {output}/student   (its README.md has the snippet that samples it with plain diffusers)",
+        f"students {output}/student-4, -2 and -1   (each README.md has the snippet that samples it with plain diffusers)",
         f"done in {seconds / 60:.1f} minutes",
-        f"next     fastgen sample {output}/student 'a small red circle above a large blue ring on a black background'",
+        f"next     fastgen sample {output}/student-1 'a small red circle above a large blue ring on a black background'",
     ]
     return "\n".join(lines)

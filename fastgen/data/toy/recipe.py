@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class TextPhase(Checked):
 
 @dataclass
 class DenoiserPhase(Checked):
-    """The training of UNet and text encoder."""
+    """One stretch of the training of UNet and text encoder; the next one goes on from its averaged weights."""
 
     updates: int           = setting(11000, "number of updates", at_least=1)
     batch: int             = setting(64, "images an update", at_least=1)
@@ -61,7 +61,7 @@ class TeacherRecipe(Checked):
     seed: int                           = setting(0, "seed of all randomness", at_least=0)
     autoencoder: list[AutoencoderPhase] = field(default_factory=lambda: [AutoencoderPhase()])
     text_encoder: TextPhase             = field(default_factory=TextPhase)
-    denoiser: DenoiserPhase             = field(default_factory=DenoiserPhase)
+    denoiser: list[DenoiserPhase]       = field(default_factory=lambda: [DenoiserPhase()])
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TeacherRecipe:
@@ -71,15 +71,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TeacherRecipe:
     for key in tables:
         if key not in known:
             source.wrong((key,), f"is not an option of a teacher{schema.nearest(key, known)}")
-    phases = tables.get("autoencoder", [{}])
-    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases) or not phases:
-        source.wrong(("autoencoder",), "must be one or more sections [[autoencoder]]")
     return TeacherRecipe(
         seed=schema.convert(int, tables.get("seed", 0), ("seed",), source),
-        autoencoder=[_section(AutoencoderPhase, phase, "autoencoder", source) for phase in phases],
+        autoencoder=_phases(AutoencoderPhase, tables, "autoencoder", source),
         text_encoder=_section(TextPhase, tables.get("text_encoder", {}), "text_encoder", source),
-        denoiser=_section(DenoiserPhase, tables.get("denoiser", {}), "denoiser", source),
+        denoiser=_phases(DenoiserPhase, tables, "denoiser", source),
     )
+
+
+def _phases(cls: type, tables: dict[str, Any], name: str, source: Source) -> list[Any]:
+    phases = tables.get(name, [{}])
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases) or not phases:
+        source.wrong((name,), f"must be one or more sections [[{name}]]")
+    return [_section(cls, phase, name, source) for phase in phases]
 
 
 def _section(cls: type, table: Any, name: str, source: Source) -> Any:
@@ -116,21 +120,37 @@ def train_teacher(recipe: TeacherRecipe, output: Path, *, say: Say = print) -> S
             _save(train_autoencoder(**options, start=autoencoder, seed=recipe.seed + number, report=reported), folder)
         autoencoder = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
     assert autoencoder is not None
-    text = recipe.text_encoder
-    encoder = pretrain_text_encoder(
-        text.updates, batch=text.batch, lr=text.lr, seed=recipe.seed, report=_reporter(say, "text encoder", text.updates)
-    )
-    options = {each.name: getattr(recipe.denoiser, each.name) for each in fields(DenoiserPhase)}
-    reported = _reporter(say, "denoiser", recipe.denoiser.updates)
-    pipeline = train_denoiser(autoencoder, encoder, **options, seed=recipe.seed, report=reported)
+    pipeline: StableDiffusionPipeline | None = None
+    text, encoder = recipe.text_encoder, None
+    if not (parts / "denoiser-0").exists():
+        reported = _reporter(say, "text encoder", text.updates)
+        encoder = pretrain_text_encoder(text.updates, batch=text.batch, lr=text.lr, seed=recipe.seed, report=reported)
+    for number, stretch in enumerate(recipe.denoiser):
+        folder = parts / f"denoiser-{number}"
+        if not folder.exists():
+            options = {each.name: getattr(stretch, each.name) for each in fields(DenoiserPhase)}
+            reported = _reporter(say, f"denoiser {number + 1} of {len(recipe.denoiser)}", stretch.updates)
+            known = pipeline.text_encoder if pipeline else encoder
+            trained = train_denoiser(
+                autoencoder, known, **options, start=pipeline, seed=recipe.seed + number, report=reported
+            )
+            _save(trained, folder)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline is not None
     save_teacher(pipeline, output)
     shutil.rmtree(parts)
     return pipeline
 
 
 def save_teacher(pipeline: StableDiffusionPipeline, output: Path) -> None:
-    """Write a teacher as it ships: a diffusers folder in bfloat16."""
-    _save(pipeline.to(torch.bfloat16), output)
+    """Write a teacher as it ships: a diffusers folder, its large networks in bfloat16.
+
+    Not the text encoder: transformers 5 loads weights in the precision they are stored in, diffusers in float32, and the two
+    must agree where nobody asks for a precision.
+    """
+    pipeline.unet.to(torch.bfloat16)
+    pipeline.vae.to(torch.bfloat16)
+    _save(pipeline, output)
 
 
 def _save(model: Any, folder: Path) -> None:
@@ -141,7 +161,7 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _same_recipe(recipe: TeacherRecipe, path: Path) -> None:
-    text = json.dumps({"seed": recipe.seed, "autoencoder": [vars(phase) for phase in recipe.autoencoder]}, sort_keys=True)
+    text = json.dumps(asdict(recipe), sort_keys=True)
     if path.exists() and path.read_text() != text:
         raise UserError(f"{path.parent} holds parts made by another recipe; remove it or name another output")
     path.write_text(text)

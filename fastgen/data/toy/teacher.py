@@ -182,6 +182,7 @@ def train_denoiser(
     text_encoder: CLIPTextModel,
     updates: int,
     *,
+    start: StableDiffusionPipeline | None = None,
     batch: int = 64,
     lr: float = 1e-3,
     caption_dropout: float = 0.1,
@@ -191,13 +192,17 @@ def train_denoiser(
     report: Report,
     checkpoint: Callable[[int, StableDiffusionPipeline], None] | None = None,
 ) -> StableDiffusionPipeline:
-    """Train UNet and text encoder together on the v-prediction loss; returns a pipeline of their averaged weights."""
+    """Train UNet and text encoder together on the v-prediction loss; returns a pipeline of their averaged weights.
+
+    With `start`, its UNet, text encoder and tokenizer are trained on and `text_encoder` is not used. The learning rate rises
+    for 200 updates and falls on a cosine to 0. `checkpoint` is given the averaged pipeline every 1,000 updates.
+    """
     torch.manual_seed(seed)
-    tokenizer = toy_tokenizer()
+    tokenizer = start.tokenizer if start else toy_tokenizer()
     data = LatentPool(autoencoder, tokenizer, torch.Generator().manual_seed(seed), pool).batches(batch)
-    unet = build_unet()
+    unet, text_encoder = (start.unet, start.text_encoder) if start else (build_unet(), text_encoder)
     unet.set_attn_processor(AttnProcessor())  # Faster than the fused kernel for heads this small on a CPU.
-    networks = nn.ModuleDict({"unet": unet, "text": text_encoder})
+    networks = nn.ModuleDict({"unet": unet, "text": text_encoder}).float().train().requires_grad_(True)
     average = copy.deepcopy(networks).eval().requires_grad_(False)
     process = VP(build_scheduler().alphas_cumprod)
     optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.99))
