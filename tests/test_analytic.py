@@ -55,7 +55,7 @@ def test_gaussian_map_is_the_limit_of_many_ddim_steps(process: str) -> None:
     for t, s in pairwise(grid):
         x = teacher(x, t.expand(4), condition).at(s.expand(4))
     exact = teacher.flow_map(start, grid[:1].expand(4), grid[-1:].expand(4), condition)
-    # Measured at most 1.0e-2; the error falls as one over the number of steps.
+    # Measured 4e-3, on the table 9e-3; the error falls as one over the number of steps.
     torch.testing.assert_close(x, exact, rtol=0, atol=2e-2)
 
 
@@ -72,7 +72,8 @@ def test_mixture_map_is_a_semigroup_and_follows_ddim(process: str) -> None:
     x, grid = start, torch.linspace(high, 0.0, 301, dtype=torch.float64)
     for a, b in pairwise(grid):
         x = teacher(x, a.expand(6), condition).at(b.expand(6))
-    torch.testing.assert_close(x, there, rtol=0, atol=6e-2)
+    # Measured 6e-3, on the table 2.3e-2.
+    torch.testing.assert_close(x, there, rtol=0, atol=5e-2)
 
 
 def test_mixture_of_one_component_is_the_gaussian() -> None:
@@ -112,9 +113,9 @@ def test_guided_map_follows_guided_ddim() -> None:
     t, s = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     start, condition = points(teacher, t), teacher.condition([[0], [1], [2], [0, 1]])
     sampler = FewStep(even_times(400), gamma=0.0, guidance=2.0)
-    # Measured 1e-2; the error falls as one over the number of steps.
+    # Measured 2e-3; the error falls as one over the number of steps.
     torch.testing.assert_close(
-        sampler.sample(teacher, start, condition), teacher.flow_map(start, t, s, condition, 2.0), rtol=0, atol=3e-2
+        sampler.sample(teacher, start, condition), teacher.flow_map(start, t, s, condition, 2.0), rtol=0, atol=1e-2
     )
     assert not torch.allclose(teacher.flow_map(start, t, s, condition), teacher.flow_map(start, t, s, condition, 2.0), atol=0.1)
 
