@@ -146,7 +146,7 @@ def test_an_error_in_a_call_leaves_the_base_bare() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_role_in_full_beside_an_adapter(checkpointing: bool) -> None:
-    pipeline = wrap(roles={"student": "lora"}, gradient_checkpointing=checkpointing)
+    pipeline = wrap(roles={"student": "lora", "fake": "full"}, gradient_checkpointing=checkpointing)
     student, fake = stir(pipeline.trainable("student"), 1), pipeline.trainable("fake")
     assert not any("lora" in name or "base_layer" in name for name, _ in fake.named_parameters())
     xt, t, condition = question(pipeline)
@@ -233,3 +233,10 @@ def test_loras_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="teacher LoRA") as caught:
             load_pipeline(str(folder), teacher_loras=[path])
         assert Path(path).name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_role_that_is_not_named_goes_as_the_student() -> None:
+    pipeline = wrap("toy", roles={"student": "lora", "fake_score": "full"})
+    assert [pipeline.mode(role) for role in ("student", "previous", "fake_score")] == ["lora", "lora", "full"]
+    assert pipeline.trainable("previous").state_dict().keys() == pipeline.trainable("student").state_dict().keys()
+    assert Pipeline.wrap(tiny.toy()).mode("previous") == "full"

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         output / "sweep",
         images=args.number,
         seed=seed(args),
-        progress=Progress(args),
+        progress=Progress(args, [0, *(2 * steps for steps in TEACHER_STEPS), *folders]),
     )
     say(args, "4 of 4  write the report")
     report = write_report(output / "sweep")
@@ -109,17 +110,23 @@ def recipe(name: str) -> Path:
 
 
 class Progress:
-    """Says what the sweep is at, and every tenth of it."""
+    """Says what the sweep is at and how long it will take, every tenth of the way.
 
-    def __init__(self, args: argparse.Namespace):
+    A setting's share of the way is its network calls, and three more for decoding and measuring.
+    """
+
+    def __init__(self, args: argparse.Namespace, calls: Sequence[int]):
         self.args, self.said, self.start = args, -1, time.monotonic()
+        self.ends = list(accumulate((number + 3 for number in calls), initial=0))
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(1, total)
-        if tenth > self.said:
-            self.said = tenth
-            left = (time.monotonic() - self.start) / done * (total - done) if done else None
-            say(self.args, f"        {10 * tenth:3d} %  {what}" + (f", about {left:.0f} s left" if left is not None else ""))
+        place = done / total * (len(self.ends) - 1)
+        whole = min(int(place), len(self.ends) - 2)
+        share = (self.ends[whole] + (place - whole) * (self.ends[whole + 1] - self.ends[whole])) / self.ends[-1]
+        if int(10 * share) > self.said:
+            self.said = int(10 * share)
+            left = (time.monotonic() - self.start) * (1 / share - 1) if share else None
+            say(self.args, f"        {100 * share:3.0f} %  {what}" + (f", about {left:.0f} s left" if left is not None else ""))
 
 
 def verdicts(rows: Sequence[Row]) -> list[dict[str, object]]:

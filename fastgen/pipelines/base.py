@@ -180,7 +180,7 @@ class Pipeline:
         UserError where that cannot be done.
         """
         adds_input = guidance_embedding and not self.embeds_guidance
-        if self.roles.get(role, "full") == "lora":
+        if self.mode(role) == "lora":
             if adds_input:
                 raise UserError(
                     f"role {role!r} cannot embed a guidance scale with LoRA, which has no place for the new input: "
@@ -195,6 +195,10 @@ class Pipeline:
         network.requires_grad_(True).train()
         embeds = self.embeds_guidance or guidance_embedding
         return Denoiser(network, self.call, self.process, self.kind, embeds_guidance=embeds)
+
+    def mode(self, role: str) -> Mode:
+        """How a role is trained; one that is not named in `roles` goes as the student does, so that it can copy its weights."""
+        return self.roles.get(role, self.roles.get("student", "full"))
 
     def _adapted(self, role: str) -> Denoiser:
         if self._host is None:

@@ -36,7 +36,8 @@ def load_pipeline(
 ) -> Pipeline:
     """A diffusers pipeline folder, or a name on the hub, ready to distil.
 
-    `roles` says which roles are trained in full and which as LoRA adapters on the shared base (default: all in full).
+    `roles` says which roles are trained in full and which as LoRA adapters on the shared base; one that is not named goes as
+    the student does, and the student in full where it is not named either.
     `teacher_loras` are diffusers LoRA files that become part of the teacher. Raises UserError for whatever cannot be loaded.
     """
     source = _folder(path)

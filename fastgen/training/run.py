@@ -44,7 +44,6 @@ __all__ = ["LoadedRun", "distill", "load_run", "open_pipeline"]
 CONFIG, ENVIRONMENT = "config.toml", "environment.json"
 OURS = ("metrics.jsonl", "samples", "checkpoints", ENVIRONMENT)
 TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
-SECONDARY_ROLES = ("target",)  # copies of the student that a method keeps: trained as the student is
 GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
     f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads")
@@ -138,7 +137,7 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
 
     Its weights are float32, but where they are never trained (all roles LoRA) and the run is bf16.
     """
-    roles: dict[str, Any] = {role: config.role(role) for role in (*configuration.ROLES, *SECONDARY_ROLES)}
+    roles: dict[str, Any] = {role: config.role(role) for role in configuration.ROLES}
     frozen_base = all(mode == "lora" for mode in roles.values())
     targets = None if config.lora.targets is None else tuple(config.lora.targets)
     for library in (diffusers, transformers):
