@@ -148,9 +148,9 @@ def verdicts(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 def summary(rows: Sequence[Row], checks: Sequence[dict[str, object]], output: Path, figure: Path, seconds: float) -> str:
     """The end of the story on a terminal."""
-    from fastgen.eval.table import table
+    from fastgen.eval.table import terminal
 
-    lines = [table(rows), ""]
+    lines = [terminal(rows), ""]
     for check in checks:
         lines.append(f"{'met   ' if check['met'] else 'missed'}  {check['what']}: {check['value']} (bar {check['bar']})")
     lines += [

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from fastgen.eval.report import write_report
     from fastgen.eval.results import load_results
     from fastgen.eval.sweep import sweep, teacher
-    from fastgen.eval.table import table
+    from fastgen.eval.table import terminal
 
     writable(args.output)
     asked = protocol(args)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     figure = write_figure(load_results(args.output), args.output / "tradeoff.png")
     result: dict[str, Any] = {"report": str(report), "figure": str(figure)}
     result["rows"] = json.loads(json.dumps([asdict(row) for row in rows], default=str))
-    emit(args, result, f"{table(rows)}\n\nreport  {report}\nfigure  {figure}")
+    emit(args, result, f"{terminal(rows)}\n\nreport  {report}\nfigure  {figure}")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -157,6 +159,13 @@ def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
             style={"student": "bold", "real": "dim"}.get(row.role, ""),
         )
     console.print(shown)
+
+
+def terminal(rows: Sequence[Row]) -> str:
+    """`print_table` as text, as wide as the terminal is."""
+    console = Console(file=io.StringIO(), width=max(80, shutil.get_terminal_size((120, 40)).columns))
+    print_table(rows, console)
+    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
