@@ -43,8 +43,9 @@ class LoRAConfig(Checked):
 class DataConfig(Checked):
     """What the run learns from."""
 
-    prompts: str = setting("", 'text file, one prompt a line; "toy": endless captions of the toy world')
-    images: str  = setting("", 'folder of pictures, captions in a .txt beside each; "toy": endless scenes')
+    prompts: str = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
+    images: str  = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
+    pool: int    = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
 
 
 @dataclass

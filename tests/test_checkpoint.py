@@ -234,7 +234,11 @@ def duel(monkeypatch: pytest.MonkeyPatch) -> Any:
         return at(keys["train"]["lr"], keys["seed"], steps=keys["train"]["steps"])
 
     monkeypatch.setattr(run, "open_pipeline", lambda config, device, offline: FakePipeline())
-    monkeypatch.setattr(run, "load_source", lambda *args, **options: load_source(*args, **options, pool=12))
+
+    def few(pipeline: Any, data: Any, *args: Any, **options: Any) -> Any:
+        return load_source(pipeline, replace(data, pool=12), *args, **options)
+
+    monkeypatch.setattr(run, "load_source", few)
     monkeypatch.setattr(run.configuration, "load", load)
     return at
 

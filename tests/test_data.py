@@ -165,12 +165,12 @@ def test_the_toy_pool_holds_the_training_split_only() -> None:
 
 
 def test_a_toy_source_encodes_what_is_needed() -> None:
-    toy = DataConfig(prompts="toy", images="toy")
-    both = load_source(PIPELINE, toy, {"images"}, pool=130)
+    toy = DataConfig(prompts="toy", images="toy", pool=130)
+    both = load_source(PIPELINE, toy, {"images"})
     assert len(both) == 130 and both.latents is not None and both.latents.shape == (130, *SHAPE)
     images, captions = toy_pool(130, seed=0)
     assert both.prompts == captions and torch.allclose(both.latents, PIPELINE.encode(images))
-    assert load_source(PIPELINE, toy, {"prompts"}, pool=5).latents is None
+    assert load_source(PIPELINE, toy, {"prompts"}).latents is None
 
 
 def test_sources_from_files(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def distil(folder: str, pause: float = 0.0) -> int:
     """The command that is killed and given again."""
     torch.set_num_threads(1)
     run.open_pipeline = lambda config, device, offline: FakePipeline()  # type: ignore
-    run.load_source = lambda *args, **options: load_source(*args, **options, pool=30)  # type: ignore
+    run.load_source = lambda pipe, data, *args, **rest: load_source(pipe, replace(data, pool=30), *args, **rest)  # type: ignore
     if pause:
         Reporter.advance = lambda self, step, losses=None: time.sleep(pause)  # type: ignore
     train = TrainConfig(

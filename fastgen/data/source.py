@@ -26,7 +26,6 @@ from fastgen.pipelines.base import Pipeline
 
 __all__ = ["Source", "encode_prompts", "load_source", "toy_pool"]
 
-POOL = 4096
 CHUNK = 64
 
 
@@ -149,23 +148,22 @@ def load_source(
     device: torch.device | str = "cpu",
     rank: int = 0,
     processes: int = 1,
-    pool: int = POOL,
 ) -> Source:
     """What a method needs of the data that a run describes, encoded.
 
-    A method that needs images gets the captions of those images as prompts. "toy" is a pool of `pool` scenes of the training
-    split. Raises UserError where the data does not have what is needed.
+    A method that needs images gets the captions of those images as prompts. "toy" is a pool of `data.pool` scenes of the
+    training split. Raises UserError where the data does not have what is needed.
     """
     if "pairs" in needs:
         raise UserError("this method learns from teacher pairs (noise and sample), which data.prompts and data.images are not")
     latents = None
     if "images" not in needs:
-        prompts = toy_pool(pool, seed)[1] if data.prompts == TOY else read_prompts(data.prompts)
+        prompts = toy_pool(data.pool, seed)[1] if data.prompts == TOY else read_prompts(data.prompts)
     elif not data.images:
         raise UserError("data.images is missing; this method needs a folder of pictures with a .txt caption beside each")
     elif data.images == TOY:
-        pictures, prompts = toy_pool(pool, seed)
-        latents = encode_images(pipeline, pool, lambda part: pictures[part].to(device))
+        pictures, prompts = toy_pool(data.pool, seed)
+        latents = encode_images(pipeline, data.pool, lambda part: pictures[part].to(device))
     else:
         paths, prompts = find_images(data.images)
         size = image_size(pipeline, device)

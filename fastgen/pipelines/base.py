@@ -24,7 +24,7 @@ from fastgen.process import Kind, Process
 
 Mode = Literal["full", "lora"]
 
-PROMPTS_AT_ONCE = 16
+PROMPTS_AT_ONCE = 64
 
 # Suffixes of the layers that LoRA adapts where the user names none; those that a network lacks are left out.
 UNET_TARGETS = (
