@@ -149,6 +149,19 @@ def test_the_recipe_makes_a_folder_that_stock_diffusers_loads(tmp_path: Path) ->
         train_teacher(recipe, tmp_path / "teacher", say=lines.append)
 
 
+def test_the_shipped_teacher_can_be_trained_on(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, ["start=toy", "denoiser=[{updates=1, batch=4, pool=64}]"])
+    trained = train_teacher(recipe, tmp_path / "teacher", say=lambda line: None)
+    shipped = StableDiffusionPipeline.from_pretrained(TOY_TEACHER)
+    ids = tokenize(shipped.tokenizer, ["a small red circle on a white background"])
+    assert torch.equal(ids, tokenize(trained.tokenizer, ["a small red circle on a white background"]))
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    before, after = (dict(pipeline.unet.named_parameters()) for pipeline in (shipped, again))
+    assert any(not torch.equal(before[name], after[name]) for name in before), "it moved"
+    assert all(torch.allclose(before[name], after[name], atol=0.02) for name in before), "from where it was"
+    assert all(torch.equal(a, b) for a, b in zip(shipped.vae.parameters(), again.vae.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -157,6 +170,7 @@ def test_the_recipe_makes_a_folder_that_stock_diffusers_loads(tmp_path: Path) ->
         ("text_encoder.lr=fast", "text_encoder.lr"),
         ("denoiser=[{updates=0}]", "updates must be at least 1"),
         ("denoizer.lr=1", "did you mean 'denoiser'"),
+        ("start=3", "start must be"),
         ("autoencoder=3", r"sections \[\[autoencoder\]\]"),
     ],
 )

@@ -59,6 +59,7 @@ class TeacherRecipe(Checked):
     """Everything that `train_teacher` is told."""
 
     seed: int                           = setting(0, "seed of all randomness", at_least=0)
+    start: str                          = setting("", 'teacher whose denoiser is trained on; "toy": the one that ships')
     autoencoder: list[AutoencoderPhase] = field(default_factory=lambda: [AutoencoderPhase()])
     text_encoder: TextPhase             = field(default_factory=TextPhase)
     denoiser: list[DenoiserPhase]       = field(default_factory=lambda: [DenoiserPhase()])
@@ -73,6 +74,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> TeacherRecipe:
             source.wrong((key,), f"is not an option of a teacher{schema.nearest(key, known)}")
     return TeacherRecipe(
         seed=schema.convert(int, tables.get("seed", 0), ("seed",), source),
+        start=schema.convert(str, tables.get("start", ""), ("start",), source),
         autoencoder=_phases(AutoencoderPhase, tables, "autoencoder", source),
         text_encoder=_section(TextPhase, tables.get("text_encoder", {}), "text_encoder", source),
         denoiser=_phases(DenoiserPhase, tables, "denoiser", source),
@@ -104,6 +106,7 @@ def _section(cls: type, table: Any, name: str, source: Source) -> Any:
 def train_teacher(recipe: TeacherRecipe, output: Path, *, say: Say = print) -> StableDiffusionPipeline:
     """Train every part and save the pipeline folder `output`; parts already finished beside it are not trained again.
 
+    With `recipe.start` that teacher's autoencoder and text encoder are taken, and its denoiser is where training begins.
     The parts lie in `output`.parts until the folder is complete, so an interrupted training goes on with the part it was at.
     """
     if output.exists():
@@ -111,8 +114,9 @@ def train_teacher(recipe: TeacherRecipe, output: Path, *, say: Say = print) -> S
     parts = output.with_name(output.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     _same_recipe(recipe, parts / "recipe.json")
-    autoencoder: AutoencoderKL | None = None
-    for number, phase in enumerate(recipe.autoencoder):
+    pipeline = _load(recipe.start) if recipe.start else None
+    autoencoder: AutoencoderKL | None = pipeline.vae if pipeline else None
+    for number, phase in enumerate(() if pipeline else recipe.autoencoder):
         folder = parts / f"autoencoder-{number}"
         if not folder.exists():
             options = {key: getattr(phase, key) for key in ("updates", "batch", "lr", "kl_weight", "decoder_only")}
@@ -120,9 +124,8 @@ def train_teacher(recipe: TeacherRecipe, output: Path, *, say: Say = print) -> S
             _save(train_autoencoder(**options, start=autoencoder, seed=recipe.seed + number, report=reported), folder)
         autoencoder = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
     assert autoencoder is not None
-    pipeline: StableDiffusionPipeline | None = None
     text, encoder = recipe.text_encoder, None
-    if not (parts / "denoiser-0").exists():
+    if pipeline is None and not (parts / "denoiser-0").exists():
         reported = _reporter(say, "text encoder", text.updates)
         encoder = pretrain_text_encoder(text.updates, batch=text.batch, lr=text.lr, seed=recipe.seed, report=reported)
     for number, stretch in enumerate(recipe.denoiser):
@@ -139,6 +142,15 @@ def train_teacher(recipe: TeacherRecipe, output: Path, *, say: Say = print) -> S
     assert pipeline is not None
     save_teacher(pipeline, output)
     shutil.rmtree(parts)
+    return pipeline
+
+
+def _load(start: str) -> StableDiffusionPipeline:
+    folder = Path(__file__).parent / "weights" / "teacher" if start == "toy" else Path(start)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"start = {start!r}: is not a teacher's folder; it must be one that train-teacher made, or 'toy'")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.vae.eval().requires_grad_(False)
     return pipeline
 
 
