@@ -58,9 +58,12 @@ def spread(values: list[float], digits: int = 2) -> str:
 def readme_section(runs: list[dict[str, Any]]) -> str:
     """The table and the promises, as Markdown."""
     shown = [key for key in COLUMNS if all(key in row["scores"] for row in runs[0]["rows"])]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    several = f"seeds {seeds}, mean ± half the range" if len(runs) > 1 else f"seed {seeds}"
+    minutes = spread([run["seconds"]["all"] / 60 for run in runs], 1)
     lines = [
-        f"`make quickstart` on 2 CPU cores, seeds {', '.join(str(run['seed']) for run in runs)} "
-        f"(mean ± half the range; `{record(runs)['command']}`), held-out prompts:",
+        f"`make quickstart` on {os.cpu_count()} CPU cores, {minutes} minutes after the install, held-out prompts "
+        f"({several}; `{record(runs)['command']}`):",
         "",
         "| | network calls | " + " | ".join(COLUMNS[key] for key in shown) + " |",
         "|---|" + "---:|" * (len(shown) + 1),
@@ -70,9 +73,11 @@ def readme_section(runs: list[dict[str, Any]]) -> str:
         name = row["name"] if row["role"] == "real" else f"{row['name']}, {row['steps']} step{'s' * (row['steps'] != 1)}"
         calls = "" if row["role"] == "real" else f"{row['calls']:g}"
         lines.append(f"| {name} | {calls} | " + " | ".join(spread([scores[key] for scores in same]) for key in shown) + " |")
-    lines += ["", "| promise | reached | bar |", "|---|---:|---:|"]
+    lines += ["", "| promise | reached | bar | |", "|---|---:|---:|---|"]
     for i, check in enumerate(runs[0]["checks"]):
-        lines.append(f"| {check['what']} | {spread([run['checks'][i]['value'] for run in runs])} | {check['bar']} |")
+        same_checks = [run["checks"][i] for run in runs]
+        met = "met" if all(each["met"] for each in same_checks) else "missed"
+        lines.append(f"| {check['what']} | {spread([each['value'] for each in same_checks])} | {check['bar']} | {met} |")
     return "\n".join(lines)
 
 
