@@ -1,20 +1,30 @@
-"""`fastgen pipelines`: the model families that have a line of their own, and what fastgen sees in one pipeline."""
+"""`fastgen pipelines`: families with a line of their own, what fastgen sees in one pipeline, which classes it understands."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
-from fastgen.cli.options import add_common, checked_device, emit
+from fastgen.cli.options import add_common, checked_device, emit, say
 from fastgen.cli.targets import plain_folder
+from fastgen.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", nargs="?", help='a diffusers folder, a hub id, or "toy": load it and say what fastgen sees')
+    parser.add_argument(
+        "--check", action="store_true", help="try every text-to-image class of diffusers on a tiny random model"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="check these classes alone")
     add_common(parser, "file for the listing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.check:
+        return checked(args)
+    if args.only:
+        raise UserError("--only says which classes to check; give it together with --check")
     result = families() if args.pipeline is None else seen(args)
     if args.pipeline is None:
         lines = [f"{name}: {about['summary']}\n    {', '.join(about['classes'])}" for name, about in result.items()]
@@ -23,6 +33,21 @@ def run(args: argparse.Namespace) -> int:
         plain = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in result.items()}
         lines = [f"{key:<{width}}  {value}" for key, value in plain.items()]
     emit(args, result, "\n".join(lines), args.output)
+    return 0
+
+
+def checked(args: argparse.Namespace) -> int:
+    """The table of what fastgen understands of diffusers' classes."""
+    if args.pipeline is not None:
+        raise UserError(f"--check tries diffusers' own classes, not {args.pipeline!r}; name classes with --only")
+    from fastgen.pipelines.check import check_all, summary, table
+
+    rows = []
+    for row in check_all(args.only):
+        rows.append(row)
+        say(args, f"{row.name}: {row.verdict}")
+    result = {"classes": [asdict(row) for row in rows], "summary": summary(rows)}
+    emit(args, result, f"{table(rows)}\n\n{summary(rows)}", args.output)
     return 0
 
 

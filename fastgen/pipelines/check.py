@@ -1,0 +1,277 @@
+"""Whether fastgen understands a pipeline class of diffusers, tried on a tiny random instance of it.
+
+Of each class: was its condition captured, how does it guide, does our guided denoiser give what the pipeline itself hands its
+scheduler at the latents and times it visits, are pictures encoded and decoded, and does a LoRA role fit on it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from fastgen.adapters import LoraOptions
+from fastgen.denoiser import Condition, Guided
+from fastgen.errors import UserError
+from fastgen.pipelines.base import Pipeline
+from fastgen.pipelines.tiny import PROMPTS, builders, text_to_image, text_to_video
+
+PIXELS = 64
+GUIDANCE = 4.0
+EXACT = 1e-5
+
+Makes = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one pipeline class; `guidance`, `parity` and the three booleans are None where it did not get that far.
+
+    `guidance` is how the pipeline guides: "batched", "paired" (two calls), "embedded" or "none". `parity` is the largest
+    relative error of one of our guided calls against what the pipeline hands its scheduler. `verdict` is "exact",
+    "partly: ..." and why, "no: ..." and the error, or "not built".
+    """
+
+    name: str
+    makes: Makes
+    captured: bool
+    guidance: str | None = None
+    parity: float | None = None
+    encodes: bool | None = None
+    decodes: bool | None = None
+    adapts: bool | None = None
+    verdict: str = "not built"
+
+    @property
+    def exact(self) -> bool:
+        return self.verdict == "exact"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a pipeline hands its scheduler: the network's combined output, the time, and the latents that the network saw."""
+
+    output: Tensor
+    timestep: float
+    sample: Tensor
+
+
+class _Enough(Exception):
+    """As many steps have been seen as were asked for."""
+
+
+def watch(diffusers: Any, prompts: Sequence[str], *, steps: int | None = None, **options: Any) -> tuple[list[Step], Any]:
+    """Run a diffusers pipeline as a user would: what it hands its scheduler, step by step, and what it returns.
+
+    `options` are the call's; with `steps` the run is broken off after so many, and None is returned.
+    """
+    seen: list[Step] = []
+    scheduler, original = diffusers.scheduler, diffusers.scheduler.step
+    signature = inspect.signature(original)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        sample = given["sample"]
+        if hasattr(scheduler, "scale_model_input"):
+            sample = scheduler.scale_model_input(sample, given["timestep"])
+        seen.append(Step(given["model_output"], float(given["timestep"]), sample))
+        if len(seen) == steps:
+            raise _Enough
+        return original(*args, **kwargs)
+
+    step.__signature__ = signature  # type: ignore[attr-defined]  # pipelines ask for the names of its parameters
+    scheduler.step = step
+    try:
+        return seen, diffusers(prompt=list(prompts), **options)
+    except _Enough:
+        return seen, None
+    finally:
+        del scheduler.step
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """The distance of `a` from `b`, in units of `b`."""
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-12))
+
+
+def check(name: str, makes: Makes, build: Callable[[], Any] | None) -> Row:
+    """Try one class. Whatever goes wrong becomes its verdict."""
+    if build is None:
+        return Row(name, makes, captured=False)
+    try:
+        with _silence():
+            diffusers = build()
+            diffusers.set_progress_bar_config(disable=True)
+            pipeline = Pipeline.wrap(
+                diffusers, roles={"student": "lora"}, lora=LoraOptions(rank=2), height=PIXELS, width=PIXELS
+            )
+            condition = pipeline.encode_prompts(PROMPTS)
+            return _examine(Row(name, makes, captured=True), diffusers, pipeline, condition)
+    except Exception as problem:  # One broken class never stops the table.
+        return Row(name, makes, captured=False, verdict=f"no: {_sentence(problem)}")
+
+
+def check_all(only: Iterable[str] = ()) -> Iterator[Row]:
+    """A row for each class that makes images, then for each that makes videos; with `only`, for those alone.
+
+    Raises UserError for a name that is none of them.
+    """
+    makes: dict[str, Makes] = {**dict.fromkeys(text_to_image(), "image"), **dict.fromkeys(text_to_video(), "video")}
+    wanted = list(only) or list(makes)
+    if strangers := [name for name in wanted if name not in makes]:
+        raise UserError(
+            f"--only {strangers[0]}: not a text-to-image or text-to-video class that is checked: {', '.join(makes)}"
+        )
+    known = builders()
+    for name in wanted:
+        yield check(name, makes[name], known.get(name))
+        gc.collect()
+
+
+def _examine(row: Row, diffusers: Any, pipeline: Pipeline, condition: Condition) -> Row:
+    """Fill in a captured class's row. Pictures are no matter for a class that makes videos."""
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    trials: dict[str, Callable[[], Any]] = {
+        "parity": lambda: _parity(diffusers, pipeline, condition),
+        "encodes": lambda: _encodes(diffusers, pipeline),
+        "decodes": lambda: _decodes(diffusers, pipeline),
+        "adapts": lambda: _adapts(pipeline, condition),
+    }
+    for key, trial in trials.items():
+        if row.makes == "video" and key in ("encodes", "decodes"):
+            continue
+        try:
+            found[key] = trial()
+        except Exception as problem:
+            found[key] = None if key == "parity" else False
+            faults.append(f"{key}: {_sentence(problem)}")
+    if (error := found["parity"]) is not None and not error < EXACT:
+        faults.insert(0, "the guided output is not the pipeline's")
+    faults += [
+        f"{key} wrongly" for key in ("encodes", "decodes", "adapts") if found.get(key) is False and key not in str(faults)
+    ]
+    form = pipeline.form
+    guidance = "embedded" if pipeline.embeds_guidance else {"single": "none"}.get(form.guides, form.guides)
+    verdict = f"partly: {'; '.join(faults)}" if faults else "exact"
+    return replace(row, **found, guidance=guidance, verdict=verdict)
+
+
+def _options(diffusers: Any, **wanted: Any) -> dict[str, Any]:
+    """Arguments of a short run at the size of the check; those alone that the pipeline's call knows."""
+    known = inspect.signature(type(diffusers).__call__).parameters
+    size = {"height": PIXELS, "width": PIXELS, "use_resolution_binning": False}
+    usual = {**size, "num_inference_steps": 2, "num_frames": 9, "generator": torch.Generator().manual_seed(0), "pag_scale": 0.0}
+    return {key: value for key, value in (usual | wanted).items() if key in known}
+
+
+def _parity(diffusers: Any, pipeline: Pipeline, condition: Condition) -> float:
+    """The largest relative error of our guided call over the steps of a run."""
+    options = _options(diffusers, guidance_scale=GUIDANCE, output_type="latent")
+    scale = GUIDANCE + pipeline.form.guidance_offset
+    if not pipeline.embeds_guidance and "true_cfg_scale" in inspect.signature(type(diffusers).__call__).parameters:
+        options |= {"true_cfg_scale": GUIDANCE, "negative_prompt": [""] * len(PROMPTS)}
+    elif pipeline.form.guides == "single" and not pipeline.embeds_guidance:
+        scale = 1.0
+    seen, _ = watch(diffusers, PROMPTS, steps=2, **options)
+    guided = Guided(pipeline.frozen(), scale)
+    errors = []
+    for step in seen:
+        t = pipeline.process.time(torch.full((len(PROMPTS),), step.timestep, dtype=torch.float64))
+        with torch.no_grad():
+            errors.append(relative(guided(step.sample, t, condition).output, step.output))
+    return max(errors)
+
+
+def _encodes(diffusers: Any, pipeline: Pipeline) -> bool:
+    """Whether a picture's latents have the network's shape, and decode to what the autoencoder itself makes of the picture."""
+    images = torch.rand(len(PROMPTS), 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = pipeline.encode(images)
+    with torch.no_grad():
+        expected = _round_trip(diffusers.vae, images)
+        return latents.shape[1:] == pipeline.latent_shape and relative(pipeline.decode(latents), expected) < EXACT
+
+
+def _round_trip(vae: Any, images: Tensor) -> Tensor:
+    frames = isinstance(next(layer for layer in vae.modules() if hasattr(layer, "weight")), torch.nn.Conv3d)
+    answer = vae.encode(images.unsqueeze(2) if frames else images)
+    decoded: Tensor = vae.decode(answer.latent_dist.mode() if hasattr(answer, "latent_dist") else answer.latent).sample
+    return decoded.squeeze(2) if frames else decoded
+
+
+def _decodes(diffusers: Any, pipeline: Pipeline) -> bool:
+    """Whether the pipeline's latents decode to the pipeline's pictures."""
+    latents = diffusers(prompt=PROMPTS, **_options(diffusers, output_type="latent")).images
+    drawn = diffusers(prompt=PROMPTS, **_options(diffusers, output_type="pt")).images
+    with torch.no_grad():
+        ours = pipeline.decode(latents)
+    return torch.allclose((ours / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
+
+
+def _adapts(pipeline: Pipeline, condition: Condition) -> bool:
+    """Whether a LoRA role starts as the teacher, gets gradients, and then changes the output."""
+    teacher, student = pipeline.frozen(), pipeline.trainable("student")
+    xt, t = torch.randn(len(PROMPTS), *pipeline.latent_shape), torch.full((len(PROMPTS),), 0.5)
+    before = student(xt, t, condition).output
+    before.square().mean().backward()
+    with torch.no_grad():
+        plain = teacher(xt, t, condition).output
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        after = student(xt, t, condition).output
+    moved = any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+    return relative(before, plain) < EXACT and moved and relative(after, plain) > EXACT
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and log lines: a tiny model is no place for advice."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _sentence(problem: Exception) -> str:
+    """An error in one line, with its kind where it is not one of ours."""
+    text = " ".join(str(problem).split())[:200]
+    return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    yes = {True: "yes", False: "no", None: "-"}
+    head = ["class", "condition captured", "guidance", "parity", "encode", "decode", "LoRA", "verdict"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        parity = "-" if row.parity is None else f"{row.parity:.0e}" if row.parity else "0"
+        flags = [yes[each] for each in (row.encodes, row.decodes, row.adapts)]
+        lines.append([row.name, yes[row.captured], row.guidance or "-", parity, *flags, row.verdict.replace("|", "/")])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+    return "\n".join(
+        "| " + " | ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) + " |"
+        for line in lines
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many classes of each kind were captured, and how many are exact."""
+    parts = []
+    for makes in ("image", "video"):
+        mine = [row for row in rows if row.makes == makes]
+        if mine:
+            captured, exact = sum(row.captured for row in mine), sum(row.exact for row in mine)
+            parts.append(f"{captured} of {len(mine)} text-to-{makes} classes captured, {exact} exact")
+    return "; ".join(parts)

@@ -1,0 +1,105 @@
+"""`fastgen pipelines --check`: the list of classes, the tiny models, the measurement, and the share that is captured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from fastgen.cli import main
+from fastgen.errors import UserError
+from fastgen.pipelines import check, tiny
+from fastgen.pipelines.check import Row
+
+
+def test_the_classes_are_those_of_diffusers() -> None:
+    names = tiny.text_to_image()
+    assert list(names) == sorted(set(names))
+    assert {"StableDiffusionPipeline", "FluxPipeline", "KolorsPipeline", "QwenImagePipeline", "IFPipeline"} <= set(names)
+    for stranger in (
+        *("StableDiffusionImg2ImgPipeline", "FluxFillPipeline", "StableDiffusionXLControlNetPipeline", "WanPipeline"),
+        *("KandinskyPriorPipeline", "StableAudioPipeline", "ShapEPipeline", "IFSuperResolutionPipeline", "DDPMPipeline"),
+        *("VersatileDiffusionTextToImagePipeline", "FluxKontextPipeline", "FluxModularPipeline"),
+    ):
+        assert hasattr(diffusers, stranger) and stranger not in names
+    assert len(names) >= 50
+    assert len(tiny.text_to_video()) == 6 and not set(tiny.text_to_video()) & set(names)
+    assert set(tiny.builders()) <= {*names, *tiny.text_to_video()}
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_a_class_that_is_understood(name: str) -> None:
+    row = check.check(name, "image", tiny.builders()[name])
+    assert row == Row(name, "image", True, "batched", row.parity, True, True, True, "exact") and row.exact
+    assert row.parity is not None and row.parity < check.EXACT
+
+
+def test_builders_are_seeded() -> None:
+    build = tiny.builders()["StableDiffusionPipeline"]
+    first, second = (next(build().unet.parameters()) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_what_fails_becomes_the_verdict() -> None:
+    def broken() -> Any:
+        raise RuntimeError("no such\nconfiguration")
+
+    assert check.check("X", "image", broken) == Row("X", "image", False, verdict="no: RuntimeError: no such configuration")
+    assert check.check("X", "image", None).verdict == "not built"
+
+    def halved() -> Any:
+        pipeline = tiny.builders()["StableDiffusionPipeline"]()
+        pipeline.vae.register_to_config(scaling_factor=0.5)
+        decode = pipeline.vae.decode
+        pipeline.vae.decode = lambda *args, **kwargs: [0.5 * decode(*args, **(kwargs | {"return_dict": False}))[0]]
+        return pipeline
+
+    row = check.check("X", "image", halved)
+    assert row.captured and not row.exact and row.verdict.startswith("partly: ") and "encodes" in row.verdict
+
+
+def test_a_wrong_guidance_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weaker(check.Guided):
+        def __init__(self, denoiser: Any, scale: float):
+            super().__init__(denoiser, scale - 0.01)
+
+    monkeypatch.setattr(check, "Guided", Weaker)
+    row = check.check("X", "image", tiny.builders()["StableDiffusionPipeline"])
+    assert row.captured and not row.exact and row.parity is not None and row.parity > check.EXACT
+    assert row.verdict == "partly: the guided output is not the pipeline's"
+
+
+def test_table_and_counts() -> None:
+    rows = [
+        Row("A", "image", True, "batched", 0.0, True, True, True, "exact"),
+        Row("B", "image", True, "paired", 3e-3, True, False, True, "partly: a | b"),
+        Row("C", "image", False),
+        Row("V", "video", True, "batched", 2e-7, None, None, True, "exact"),
+    ]
+    assert (
+        check.summary(rows) == "2 of 3 text-to-image classes captured, 1 exact; 1 of 1 text-to-video classes captured, 1 exact"
+    )
+    lines = check.table(rows).splitlines()
+    assert len(lines) == 6 and {line.count("|") for line in lines} == {9}
+    assert [cell.strip() for cell in lines[4].split("|")][1:-1] == ["C", "no", "-", "-", "-", "-", "-", "not built"]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipelines", "--check", "--only", "StableDiffusionPipeline", "IFPipeline", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert [row["name"] for row in result["classes"]] == ["StableDiffusionPipeline", "IFPipeline"]
+    assert result["classes"][0]["verdict"] == "exact" and result["classes"][1]["captured"] is False
+    assert result["summary"] == "1 of 2 text-to-image classes captured, 1 exact"
+    assert err.splitlines()[0] == "StableDiffusionPipeline: exact"
+
+
+def test_names_that_are_not_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="--only Nonsense: not a text-to-image"):
+        list(check.check_all(["Nonsense"]))
+    for arguments in (["--only", "FluxPipeline"], ["toy", "--check"]):
+        assert main(["pipelines", *arguments]) == 2
+    assert "together with --check" in capsys.readouterr().err
