@@ -200,7 +200,7 @@ def training_batch(number: int, generator: torch.Generator) -> tuple[Tensor, Sce
     Both splits are used (the reader is a measuring tool, not a contestant). A few pictures are empty or crowded.
     """
     third = number // 3
-    scenes = _join(sample_scenes(number - third, generator), sample_scenes(third, generator, split="held-out"))
+    scenes = Scenes.cat([sample_scenes(number - third, generator), sample_scenes(third, generator, split="held-out")])
     chance = torch.rand(number, generator=generator)
     empty, crowded = chance < 0.02, chance > 0.94
     scenes.count[empty] = 0
@@ -212,10 +212,6 @@ def training_batch(number: int, generator: torch.Generator) -> tuple[Tensor, Sce
     fatal = torch.tensor([name in DESTRUCTIVE for name in CORRUPTIONS])
     weight = (1 - strengths[:, ~fatal]).prod(1) * (1 - 2.5 * strengths[:, fatal]).clamp_min(0).prod(1)
     return images, scenes, strengths, weight
-
-
-def _join(first: Scenes, second: Scenes) -> Scenes:
-    return Scenes(**{name: torch.cat([value, getattr(second, name)]) for name, value in vars(first).items()})
 
 
 def _crowd(images: Tensor, scenes: Scenes, generator: torch.Generator) -> Tensor:

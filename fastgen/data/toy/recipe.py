@@ -51,6 +51,7 @@ class DenoiserPhase(Checked):
     lr: float              = setting(1e-3, "peak learning rate, falling on a cosine to 0", above=0)
     caption_dropout: float = setting(0.1, "share of empty captions, for guidance", at_least=0, at_most=1)
     ema: float             = setting(0.999, "decay of the averaged weights", at_least=0, below=1)
+    reading_weight: float  = setting(0.05, "weight of the text encoder's pretraining task, which goes on beside", at_least=0)
     pool: int              = setting(8192, "scenes drawn and encoded at a time", at_least=64)
 
 

@@ -7,6 +7,7 @@ stand in a relation. Scenes are held as integer tensors, so a batch is drawn, ca
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -55,6 +56,11 @@ class Scenes:
 
     def __getitem__(self, index: Tensor | slice) -> Scenes:
         return Scenes(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @staticmethod
+    def cat(parts: Sequence[Scenes]) -> Scenes:
+        """The scenes of all `parts`, one after another."""
+        return Scenes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Scenes)))
 
 
 def is_held_out(shape: Tensor, colour: Tensor, texture: Tensor, size: Tensor, background: Tensor) -> Tensor:

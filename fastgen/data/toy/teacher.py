@@ -120,6 +120,11 @@ class SceneHeads(nn.Module):
                 total = total + _masked(next(parts), getattr(scenes, name)[:, i], present)
         return total
 
+    def read(self, hidden: Tensor, ids: Tensor, scenes: Scenes) -> Tensor:
+        """The loss at the end token and at the last padding token of `hidden` [B, MAX_LENGTH, TEXT_WIDTH]."""
+        end = hidden[torch.arange(len(ids)), (ids == ids[:, -1:]).int().argmax(1)]  # Captions are padded with end tokens.
+        return self.loss(end, scenes) + self.loss(hidden[:, -1], scenes)
+
 
 def _masked(logits: Tensor, label: Tensor, present: Tensor) -> Tensor:
     return (F.cross_entropy(logits, label, reduction="none") * present).sum() / present.sum().clamp_min(1)
@@ -136,9 +141,7 @@ def pretrain_text_encoder(updates: int, *, batch: int = 128, lr: float = 1e-3, s
     for step in range(updates):
         scenes = sample_scenes(batch, generator)
         ids = tokenize(tokenizer, caption(scenes, generator))
-        hidden = encoder(ids).last_hidden_state
-        end = hidden[torch.arange(batch), (ids == tokenizer.eos_token_id).int().argmax(1)]
-        loss = heads.loss(end, scenes) + heads.loss(hidden[:, -1], scenes)
+        loss = heads.read(encoder(ids).last_hidden_state, ids, scenes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,24 +160,25 @@ class LatentPool:
     size: int = 8192
 
     @torch.no_grad()
-    def fill(self) -> tuple[Tensor, Tensor]:
-        """Latents [size, 6, 8, 8], scaled as the pipeline scales them, and token ids [size, MAX_LENGTH]."""
-        latents, ids = [], []
+    def fill(self) -> tuple[Tensor, Tensor, Scenes]:
+        """Latents [size, 6, 8, 8], scaled as the pipeline scales them, token ids [size, MAX_LENGTH], and the scenes."""
+        latents, ids, drawn = [], [], []
         for _ in range(self.size // 64):
             scenes = sample_scenes(64, self.generator)
             with torch.autocast("cpu", torch.bfloat16):
                 mean = self.autoencoder.encode(render(scenes, self.generator)).latent_dist.mean.float()
             latents.append(mean * self.autoencoder.config.scaling_factor)
             ids.append(tokenize(self.tokenizer, caption(scenes, self.generator)))
-        return torch.cat(latents), torch.cat(ids)
+            drawn.append(scenes)
+        return torch.cat(latents), torch.cat(ids), Scenes.cat(drawn)
 
-    def batches(self, batch: int, uses: int = 2) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch: int, uses: int = 2) -> Iterator[tuple[Tensor, Tensor, Scenes]]:
         """Endless batches; every block is shuffled and used `uses` times."""
         while True:
-            latents, ids = self.fill()
+            latents, ids, scenes = self.fill()
             for _ in range(uses):
                 for index in torch.randperm(self.size, generator=self.generator).split(batch):
-                    yield latents[index], ids[index]
+                    yield latents[index], ids[index], scenes[index]
 
 
 def train_denoiser(
@@ -187,6 +191,7 @@ def train_denoiser(
     lr: float = 1e-3,
     caption_dropout: float = 0.1,
     ema: float = 0.999,
+    reading_weight: float = 0.05,
     pool: int = 8192,
     seed: int = 0,
     report: Report,
@@ -195,14 +200,16 @@ def train_denoiser(
     """Train UNet and text encoder together on the v-prediction loss; returns a pipeline of their averaged weights.
 
     With `start`, its UNet, text encoder and tokenizer are trained on and `text_encoder` is not used. The learning rate rises
-    for 200 updates and falls on a cosine to 0. `checkpoint` is given the averaged pipeline every 1,000 updates.
+    for 200 updates and falls on a cosine to 0. `reading_weight` weighs the text encoder's pretraining task, which goes on
+    beside: without it the encoder forgets which object is where long before the UNet asks for it, and two objects stand
+    in either order. `checkpoint` is given the averaged pipeline every 1,000 updates.
     """
     torch.manual_seed(seed)
     tokenizer = start.tokenizer if start else toy_tokenizer()
     data = LatentPool(autoencoder, tokenizer, torch.Generator().manual_seed(seed), pool).batches(batch)
     unet, text_encoder = (start.unet, start.text_encoder) if start else (build_unet(), text_encoder)
     unet.set_attn_processor(AttnProcessor())  # Faster than the fused kernel for heads this small on a CPU.
-    networks = nn.ModuleDict({"unet": unet, "text": text_encoder}).float().train().requires_grad_(True)
+    networks = nn.ModuleDict({"unet": unet, "text": text_encoder, "heads": SceneHeads()}).float().train().requires_grad_(True)
     average = copy.deepcopy(networks).eval().requires_grad_(False)
     process = VP(build_scheduler().alphas_cumprod)
     optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.99))
@@ -210,22 +217,24 @@ def train_denoiser(
     for step in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / updates))
-        latents, ids = next(data)
-        ids = torch.where(torch.rand(len(ids), 1) < caption_dropout, empty, ids)
+        latents, ids, scenes = next(data)
+        kept = torch.rand(len(ids)) >= caption_dropout
+        ids = torch.where(kept[:, None], ids, empty)
         t = process.snap(torch.rand(len(latents)))
         eps = torch.randn_like(latents)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = networks["text"](ids).last_hidden_state
             output = networks["unet"](process.add_noise(latents, eps, t), process.timestep(t), hidden).sample
         loss = F.mse_loss(output.float(), process.target("v", latents, eps, t))
+        reading = networks["heads"].read(hidden[kept].float(), ids[kept], scenes[kept])
         optimizer.zero_grad()
-        loss.backward()
+        (loss + reading_weight * reading).backward()
         torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         decay = min(ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), 1 - decay)
-        report(step, {"denoiser": loss.item()})
+        report(step, {"denoiser": loss.item(), "reading": reading.item()})
         if checkpoint is not None and (step + 1) % 1000 == 0:
             checkpoint(step + 1, build_pipeline(autoencoder, average["text"], tokenizer, average["unet"]))
     return build_pipeline(autoencoder, average["text"], tokenizer, average["unet"])
