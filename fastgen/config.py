@@ -46,6 +46,13 @@ class DataConfig(Checked):
     prompts: str = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
     images: str  = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
     pool: int    = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
+    cache: str | None = setting("~/.cache/fastgen", 'folder of encoded prompts and pictures; "none": in memory')
+    pairs: int        = setting(1000, "teacher pairs (noise and sample) made for methods that learn from them", at_least=1)
+    pair_steps: int   = setting(50, "steps of the teacher's sampler in making pairs", at_least=1)
+    pair_guidance: float | None = setting(None, 'guidance in making pairs, 1 = off; "none": the pipeline\'s own', at_least=1)
+
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass
@@ -59,6 +66,7 @@ class TrainConfig(Checked):
     weight_decay: float        = setting(0.0, "decoupled weight decay", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays", at_least=0, below=1)
     warmup: int                = setting(0, "updates over which the learning rate rises from 0", at_least=0)
+    schedule: Schedule         = setting("constant", "course of the learning rate after the warmup, in every stage anew")
     max_grad_norm: float       = setting(1.0, "clip each player's gradient to this norm; 0: never", at_least=0)
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; weights stay fp32")
     ema: float                 = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
@@ -77,6 +85,7 @@ class RunConfig(Checked):
     method_name: str
     method: Method
     pipeline: str            = setting(TOY, 'teacher: a diffusers folder or hub id; "toy": the one that ships')
+    teacher_network: str     = setting("", "fine-tuned unet or transformer in the teacher's place: folder or .safetensors file")
     teacher_loras: list[str] = setting([], "LoRA files laid over the teacher, student included")
     seed: int                = setting(0, "seed of all randomness", at_least=0)
     roles: dict[str, str]    = setting({"student": "full"}, '"full" or "lora" for student and fake_score')
@@ -109,7 +118,7 @@ class RunConfig(Checked):
     def to_toml(self, *, help: bool = False) -> str:
         """The whole run as a file that `load` reads back to an equal run; with a line of help beside each key if asked."""
         run = {each.name: each for each in fields(self)}
-        scalars = ("pipeline", "teacher_loras", "seed")
+        scalars = ("pipeline", "teacher_network", "teacher_loras", "seed")
         parts = [schema.dump({key: getattr(self, key) for key in scalars}, helps(run) if help else None)]
         for section in ("method", "roles", *SECTIONS):
             part = getattr(self, section)
@@ -126,7 +135,7 @@ class RunConfig(Checked):
 
 
 SECTIONS = {"lora": LoRAConfig, "data": DataConfig, "train": TrainConfig}
-ROOT_KEYS = ("pipeline", "teacher_loras", "seed", "method", "roles", *SECTIONS)
+ROOT_KEYS = ("pipeline", "teacher_network", "teacher_loras", "seed", "method", "roles", *SECTIONS)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -145,7 +154,7 @@ def from_tables(tables: dict[str, Any], source: Source) -> RunConfig:
             source.wrong((key,), f"is not an option of a run{elsewhere(key)}")
     name, method = method_from(tables.get("method", {}), source)
     run_fields = {each.name: each for each in fields(RunConfig)}
-    types = {"pipeline": str, "teacher_loras": list[str], "seed": int, "roles": dict[str, str]}
+    types = {"pipeline": str, "teacher_network": str, "teacher_loras": list[str], "seed": int, "roles": dict[str, str]}
     values = {key: schema.convert(hint, tables[key], (key,), source) for key, hint in types.items() if key in tables}
     for key, value in values.items():
         problem = schema.out_of_range(run_fields[key], value)

@@ -85,6 +85,10 @@ class Method(ABC):
         """Called before update `step` (from 0) of `total`; moves curricula on. True starts the optimisers afresh."""
         return False
 
+    def stage_end(self, step: int, total: int) -> int:
+        """The update before which `advance` next starts the optimisers afresh, or `total`: when a learning rate has fallen."""
+        return total
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the players' weights: tensors in nested dictionaries, and JSON values."""
         return {}

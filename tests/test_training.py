@@ -7,6 +7,7 @@ import json
 import math
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,20 @@ def test_the_learning_rate_warms_up_and_scales_by_player() -> None:
         rates.append([turn.optimizer.param_groups[0]["lr"] for turn in loop.turns])
     expected = [min(1, n / 4) * 1e-2 for n in range(1, 7)]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([[rate, rate / 10] for rate in expected]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fall"), [("linear", lambda share: 1 - share), ("cosine", lambda share: 0.5 + 0.5 * math.cos(math.pi * share))]
+)
+def test_the_learning_rate_falls_within_every_stage(schedule: str, fall: Callable[[float], float]) -> None:
+    loop = trainer(Duel(restart_at=4), replace(OPTIONS, schedule=schedule, warmup=2, steps=9))
+    rates = []
+    for _ in range(9):
+        loop.update()
+        rates.append(loop.turns[0].optimizer.param_groups[0]["lr"])
+        assert loop.pace(loop.step - 1) * 1e-2 == rates[-1]
+    first, second = ([1e-2 * min(1, (n + 1) / 2) * fall(n / length) for n in range(length)] for length in (4, 5))
+    assert rates == pytest.approx(first + second)
 
 
 def test_a_step_without_a_number_is_skipped_and_counted() -> None:

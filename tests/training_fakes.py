@@ -115,6 +115,9 @@ class Duel(Method):
     def advance(self, step: int, total: int) -> bool:
         return step == self.restart_at
 
+    def stage_end(self, step: int, total: int) -> int:
+        return self.restart_at if step < self.restart_at else total
+
     def state(self) -> dict[str, Any]:
         return {"seen": self.seen, "nested": {"trail": self.trail, "list": [1, 2.5, None]}}
 

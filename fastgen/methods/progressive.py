@@ -24,10 +24,11 @@ class Progressive(Method):
 
     The first teacher is the pipeline at `start_steps` DDIM steps, each later one the student of the stage before, frozen.
     The student of a stage learns, from diffused data, the clean sample with which one of its steps lands where `factor`
-    steps of the teacher land (appendix G), weighted with max(SNR, 1) (section 4).
+    steps of the teacher land (appendix G), weighted with max(SNR, 1) (section 4). `train.schedule = "linear"` lets the
+    learning rate fall to zero in every stage, as there.
 
     Differences from the paper: stages may skip (`factor` above 2); at t = 1 the input is noise alone, as in sampling,
-    whatever signal the process leaves there; the learning rate is the run's, not annealed to zero in every stage.
+    whatever signal the process leaves there.
     """
 
     start_steps: int = field(default=32, metadata={"help": "steps of the first teacher"})
@@ -94,12 +95,19 @@ class Progressive(Method):
             raise UserError(f"this student was trained for {' and '.join(map(str, reached))} steps, not for {steps}")
         return FewStep(even_times(steps, self.student.process, self.shift), gamma=0.0, guidance=self.told)
 
-    def advance(self, step: int, total: int) -> bool:
+    def ends(self, total: int) -> list[int]:
+        """The update at which each stage ends."""
         shares = self.stage_shares or (1.0,) * len(self.stages)
         ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
         if any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
             raise UserError(f"{total} updates are too few: each of the {len(ends)} stages needs at least one")
-        stage = sum(end <= step for end in ends[:-1])
+        return ends
+
+    def stage_end(self, step: int, total: int) -> int:
+        return next(end for end in self.ends(total) if end > step)
+
+    def advance(self, step: int, total: int) -> bool:
+        stage = sum(end <= step for end in self.ends(total)[:-1])
         if stage == self.stage:
             return False
         self.stage = stage

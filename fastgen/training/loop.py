@@ -174,7 +174,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(turn.weights, options.max_grad_norm, norm)
         bad = 1 - torch.isfinite(norm).float()
         for group in turn.optimizer.param_groups:
-            group["lr"] = options.lr * turn.player.lr_scale * self.warmup()
+            group["lr"] = options.lr * turn.player.lr_scale * self.pace(self.step)
         # What torch's GradScaler sets: a fused optimiser leaves weights and moments alone where it is 1.
         turn.optimizer.found_inf = bad  # type: ignore[attr-defined]
         turn.optimizer.step()
@@ -193,9 +193,14 @@ class Trainer:
                 + (f"the last checkpoint is {saved}" if saved else "nothing was saved")
             )
 
-    def warmup(self) -> float:
-        """What the learning rates are multiplied by in this update."""
-        return min(1.0, (self.step - self.started + 1) / self.options.warmup) if self.options.warmup else 1.0
+    def pace(self, step: int) -> float:
+        """What the learning rates are multiplied by in update `step`: a rise, then a fall over the method's present stage."""
+        warmup, done = self.options.warmup, step - self.started
+        rise = min(1.0, (done + 1) / warmup) if warmup else 1.0
+        if self.options.schedule == "constant":
+            return rise
+        share = done / (self.method.stage_end(step, self.total) - self.started)
+        return rise * (1 - share if self.options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
 
     def log(self) -> dict[str, float]:
         """The means since the last line, written to the metrics and to the trackers."""
@@ -204,7 +209,7 @@ class Trainer:
             self.check(turn)
             if skipped := int(turn.skipped):
                 values[f"{turn.player.name}/skipped"] = skipped
-        values["lr"] = self.options.lr * min(1.0, (self.step - self.started) / max(1, self.options.warmup))
+        values["lr"] = self.options.lr * self.pace(self.step - 1)
         if self.metrics is not None:
             self.metrics.write(self.step, {**values, "time": round(time.time(), 2)})
         self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=self.step)
