@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.export.directory import read_export
-from fastgen.export.folder import export_folder
-from fastgen.export.lora import export_lora
+from fastgen.export.folder import export_folder, export_fused
+from fastgen.export.lora import export_comfyui, export_kohya, export_lora
 from fastgen.pipelines import Pipeline
 from fastgen.samplers import Sampler
 
-__all__ = ["FORMATS", "export", "export_folder", "export_lora", "read_export"]
+__all__ = ["FORMATS", "export", "read_export"]
 
-FORMATS = {"diffusers": export_folder, "diffusers-lora": export_lora}
+FORMATS: dict[str, Callable[..., Path]] = {
+    "diffusers": export_folder,
+    "diffusers-lora": export_lora,
+    "kohya": export_kohya,
+    "comfyui": export_comfyui,
+    "fused": export_fused,
+}
+"""What writes each format; docs/export.md says what is in it."""
 
 
 def export(

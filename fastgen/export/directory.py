@@ -14,7 +14,10 @@ from typing import Any
 import diffusers
 
 from fastgen import __version__
+from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
+from fastgen.export.origin import base_hash, shift_of, timesteps_of
+from fastgen.pipelines import Pipeline
 from fastgen.samplers import Sampler, SchedulerSpec
 
 MARK = "fastgen.json"
@@ -47,30 +50,52 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def describe(
-    pipeline_class: str, format: str, sampler: Sampler, spec: SchedulerSpec, call: Mapping[str, Any], record: Mapping[str, Any]
+    pipeline: Pipeline,
+    student: Denoiser,
+    sampler: Sampler,
+    format: str,
+    *,
+    spec: SchedulerSpec,
+    call: Mapping[str, Any],
+    record: Mapping[str, Any],
+    file: str | None = None,
+    in_diffusers: bool = True,
 ) -> dict[str, Any]:
-    """What `fastgen.json` holds: everything about an export but its weights."""
+    """What `fastgen.json` holds: everything about an export but its weights.
+
+    `file` is the export's one file of weights, where it is one; `in_diffusers`: diffusers loads it.
+    """
     settings: dict[str, Any] = asdict(sampler) if is_dataclass(sampler) else {}
+    times = tuple(settings.get("times", ()))
+    settings |= {"timesteps": timesteps_of(student, times), "shift": shift_of(times)}
     return {
         "fastgen": __version__,
         "diffusers": diffusers.__version__,
         "format": format,
-        "pipeline": pipeline_class,
+        **({} if file is None else {"file": file}),
+        "in_diffusers": in_diffusers,
+        "pipeline": type(pipeline.diffusers).__name__,
         "sampler": {"class": type(sampler).__name__, "steps": sampler.steps, **settings},
         "scheduler": {"class": spec.class_name, "config": spec.config},
         "call": dict(call),
+        "base": {"name": record.get("base", ""), "sha256": base_hash(pipeline.network)},
         "record": dict(record),
     }
 
 
 def metadata(description: Mapping[str, Any]) -> dict[str, str]:
-    """The description as the flat text that a safetensors header takes."""
-    record = description["record"]
+    """The description as the flat text that a safetensors header takes; what is not text is JSON."""
+    record, sampler = description["record"], description["sampler"]
     facts = {
         "version": description["fastgen"],
         "method": record.get("method", ""),
-        "base": record.get("base", ""),
-        "sampler": description["sampler"],
+        "base": description["base"]["name"],
+        "base_sha256": description["base"]["sha256"],
+        "steps": sampler["steps"],
+        "timesteps": sampler["timesteps"],
+        "shift": sampler["shift"],
+        "guidance": sampler.get("guidance"),
+        "sampler": sampler,
         "scheduler": description["scheduler"]["class"],
         "call": description["call"],
     }

@@ -14,26 +14,43 @@ from torch import nn
 from fastgen.adapters import Adapter, without_adapters
 from fastgen.denoiser import Denoiser
 from fastgen.export.directory import describe, metadata, new_directory, write_description
-from fastgen.export.model_card import model_card
+from fastgen.export.lora import require_adapter
+from fastgen.export.model_card import write_card
 from fastgen.export.scheduler import stock_scheduler
 from fastgen.pipelines import Pipeline
 from fastgen.samplers import Sampler
 
 
-def export_folder(pipeline: Pipeline, student: Denoiser, sampler: Sampler, output: Path, *, record: Mapping[str, Any]) -> Path:
+def export_folder(
+    pipeline: Pipeline,
+    student: Denoiser,
+    sampler: Sampler,
+    output: Path,
+    *,
+    record: Mapping[str, Any],
+    format: str = "diffusers",
+) -> Path:
     """Write a folder that `DiffusionPipeline.from_pretrained` loads; see `fastgen.export.export`."""
     spec, scheduler, call = stock_scheduler(pipeline, student, sampler)
     whole = copy.copy(pipeline.diffusers)
     whole.register_modules(**{pipeline.network_name: merged(student), "scheduler": scheduler})
-    description = describe(type(whole).__name__, "diffusers", sampler, spec, call, record)
+    description = describe(pipeline, student, sampler, format, spec=spec, call=call, record=record)
     with new_directory(output) as folder:
         whole.save_pretrained(folder, safe_serialization=True)
         for file in (folder / pipeline.network_name).glob("*.safetensors"):
             _label(file, metadata(description))
         write_description(folder, description)
-        card = model_card(pipeline, description, output)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(pipeline, description, folder, output)
     return output
+
+
+def export_fused(pipeline: Pipeline, student: Denoiser, sampler: Sampler, output: Path, *, record: Mapping[str, Any]) -> Path:
+    """Write what `export_folder` writes, of a student that is a LoRA, whose weights it adds to the base's.
+
+    Raises UserError for a student that has nothing to add.
+    """
+    require_adapter(student, "fused")
+    return export_folder(pipeline, student, sampler, output, record=record, format="fused")
 
 
 def merged(student: Denoiser) -> nn.Module:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgen.export.layouts import UNET_PIPELINES
 from fastgen.pipelines import Pipeline
 from fastgen.pipelines.base import base_dtype
 
 PROMPT = "a small red circle left of a large blue square, dark background"
+SAMPLES = "samples.png"
+LORAS = ("diffusers-lora", "kohya", "comfyui")
+
+
+def write_card(pipeline: Pipeline, description: Mapping[str, Any], folder: Path, output: Path) -> None:
+    """Write README.md into `folder`, which is to become the export at `output`, and the grid of samples beside it."""
+    samples = description["record"].get("samples")
+    if samples:
+        shutil.copyfile(samples, folder / SAMPLES)
+    (folder / "README.md").write_text(model_card(pipeline, description, output), encoding="utf-8")
 
 
 def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path) -> str:
     """The model card of the export at `output`: front matter for the hub, a snippet to copy and run, and the facts."""
-    record, sampler = description["record"], description["sampler"]
-    base, lora = record.get("base", ""), description["format"] == "diffusers-lora"
+    record, sampler, format = description["record"], description["sampler"], description["format"]
+    base, lora = record.get("base", ""), format in LORAS
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     if base:
         front.append(f"base_model: {json.dumps(base)}")
@@ -27,60 +40,58 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
     method = f" by {record['method']}" if record.get("method") else ""
     title = f"A LoRA for {base or description['pipeline']}" if lora else f"A {description['pipeline']}"
     weights = "float32" if str(base_dtype(pipeline.network)) == "torch.float32" else "half precision"
+    shift = "" if sampler["shift"] in (None, 1.0) else f" (even times shifted by {sampler['shift']:g})"
     facts = {
         "Method": record.get("method"),
+        "Format": f"`{format}`{', the LoRA merged into the weights of its base' if format == 'fused' else ''}",
         "Base": f"`{base}`" if base else None,
+        "Base's weights, SHA-256": f"`{description['base']['sha256']}`",
         "LoRAs in the base": ", ".join(f"`{file}`" for file in record.get("teacher_loras", ())) or None,
         "Updates": record.get("updates"),
         "Weights": f"{weights}{', averaged over training' if record.get('averaged') else ''}",
-        "Sampler": f"{steps} steps at times {_numbers(sampler.get('times', ()))}, gamma {sampler.get('gamma', 0):g}",
+        "Sampler": f"{steps} steps at times {_numbers(sampler.get('times', ()))}{shift}, gamma {sampler.get('gamma', 0):g}",
+        "Timesteps": _numbers(sampler["timesteps"]),
         "Scheduler": f"`{description['scheduler']['class']}` (in `scheduler/`)",
         "Call": f"`{_arguments(description['call'])}`",
         "Made with": f"fastgen {description['fastgen']}, diffusers {description['diffusers']}",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
-    return f"""---
-{chr(10).join(front)}
----
+    parts = [
+        "---\n" + "\n".join(front) + "\n---",
+        f"# {title} that samples in {calls}",
+        *([f"![Samples at training's fixed prompts]({SAMPLES})"] if record.get("samples") else []),
+        f"Distilled{method} with fastgen; to use it, {_needs(description)} enough.",
+        *([f"```python\n{snippet(pipeline, description, output)}```"] if description["in_diffusers"] else []),
+        _advice(description),
+        f"| | |\n|---|---|\n{table}",
+        *_evaluation(record.get("evaluation")),
+    ]
+    return "\n\n".join(parts) + "\n"
 
-# {title} that samples in {calls}
 
-Distilled{method} with fastgen; to use it, {"diffusers and peft are" if lora else "diffusers is"} enough.
+def _needs(description: Mapping[str, Any]) -> str:
+    if not description["in_diffusers"]:
+        return "ComfyUI, or another program that reads this LoRA's keys, is"
+    return "diffusers and peft are" if description["format"] in LORAS else "diffusers is"
 
-```python
-{snippet(pipeline, description, output)}```
 
-{_advice(description)}
-
-| | |
-|---|---|
-{table}
-"""
+def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
+    """The scores of a record of `fastgen eval`, as a table."""
+    if not evaluation:
+        return []
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in evaluation["scores"].items())
+    notes = "\n".join(f"- {note}" for note in evaluation.get("notes", ()))
+    return ["## Evaluation", f"| measure | value |\n|---|---|\n{rows}", *([notes] if notes else [])]
 
 
 def snippet(pipeline: Pipeline, description: Mapping[str, Any], output: Path) -> str:
     """Python that loads the export with plain diffusers and draws one picture."""
-    name, record = description["pipeline"], description["record"]
     dtype = str(base_dtype(pipeline.network))
-    folder = json.dumps(str(output))
-    if description["format"] == "diffusers":
-        imports = name
-        load = [f"pipeline = {name}.from_pretrained({folder}, dtype={dtype})"]
-    else:
-        scheduler = description["scheduler"]["class"]
-        imports = ", ".join(sorted((scheduler, name)))
-        base = json.dumps(record.get("base") or "the base model")
-        load = [f"pipeline = {name}.from_pretrained({base}, dtype={dtype})"]
-        for file in map(Path, record.get("teacher_loras", ())):
-            place, weights = json.dumps(str(file.parent)), json.dumps(file.name)
-            load += [f"pipeline.load_lora_weights({place}, weight_name={weights})", "pipeline.fuse_lora()"]
-            load.append("pipeline.unload_lora_weights()")
-        load.append(f"pipeline.load_lora_weights({folder})")
-        load.append(f'pipeline.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")')
-    prompt = json.dumps(record.get("prompt", PROMPT), ensure_ascii=False)
+    names, load = _loading(pipeline, description, json.dumps(str(output)), dtype)
+    prompt = json.dumps(description["record"].get("prompt", PROMPT), ensure_ascii=False)
     lines = [
         "import torch",
-        f"from diffusers import {imports}",
+        f"from diffusers import {', '.join(sorted(names))}",
         "",
         *load,
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
@@ -91,6 +102,24 @@ def snippet(pipeline: Pipeline, description: Mapping[str, Any], output: Path) ->
     return "\n".join(lines) + "\n"
 
 
+def _loading(pipeline: Pipeline, description: Mapping[str, Any], folder: str, dtype: str) -> tuple[set[str], list[str]]:
+    """The names to import from diffusers and the lines that make `pipeline`."""
+    name, format, record = description["pipeline"], description["format"], description["record"]
+    if format in ("diffusers", "fused"):
+        return {name}, [f"pipeline = {name}.from_pretrained({folder}, dtype={dtype})"]
+    base = json.dumps(record.get("base") or "the base model")
+    scheduler = description["scheduler"]["class"]
+    names, load = {scheduler, name}, [f"pipeline = {name}.from_pretrained({base}, dtype={dtype})"]
+    for file in map(Path, record.get("teacher_loras", ())):
+        place, weights = json.dumps(str(file.parent)), json.dumps(file.name)
+        load += [f"pipeline.load_lora_weights({place}, weight_name={weights})", "pipeline.fuse_lora()"]
+        load.append("pipeline.unload_lora_weights()")
+    file_name = "" if "file" not in description else f", weight_name={json.dumps(description['file'])}"
+    load.append(f"pipeline.load_lora_weights({folder}{file_name})")
+    load.append(f'pipeline.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")')
+    return names, load
+
+
 def _advice(description: Mapping[str, Any]) -> str:
     call, sampler, notes = description["call"], description["sampler"], []
     explicit = next((key for key in ("timesteps", "sigmas") if key in call), None)
@@ -98,7 +127,7 @@ def _advice(description: Mapping[str, Any]) -> str:
         notes.append(f"Pass `{explicit}` as above: the student is sampled at just these; `num_inference_steps` gives others.")
     else:
         notes.append(f"Keep `num_inference_steps={call['num_inference_steps']}`, the number that this export was made for.")
-    if sampler.get("guidance", 1.0) == 1.0:
+    if sampler.get("guidance", 1.0) == 1.0 or "guidance_scale" not in call:
         notes.append("It needs no guidance: leave the scale as above.")
     else:
         notes.append(f"Keep `guidance_scale={call['guidance_scale']:g}`.")
@@ -107,7 +136,25 @@ def _advice(description: Mapping[str, Any]) -> str:
             "Noise is drawn between the steps, so a picture repeats only with the same `generator`; pipelines that keep theirs "
             "from the scheduler (SD3, FLUX) repeat after `torch.manual_seed`."
         )
+    if description["format"] in LORAS:
+        notes.append("Load it at strength 1.0: the scale is in the weights.")
+    if description["format"] in ("kohya", "comfyui", "single-file"):
+        notes.append(_in_comfyui(description))
     return "\n".join(f"- {note}" for note in notes)
+
+
+def _in_comfyui(description: Mapping[str, Any]) -> str:
+    """What to set in ComfyUI's KSampler, by what its samplers compute."""
+    sampler, name = description["sampler"], description["pipeline"]
+    gamma, shift, guidance = sampler.get("gamma", 0.0), sampler["shift"], sampler.get("guidance", 1.0)
+    if gamma not in (0.0, 1.0) or shift is None or (shift != 1.0 and name.startswith("StableDiffusion") and "3" not in name):
+        return "ComfyUI has no stock sampler with these times; use diffusers."
+    settings = [f"sampler `{'lcm' if gamma else 'euler'}`", "scheduler `simple`", f"steps {sampler['steps']}"]
+    if name.startswith("Flux"):
+        settings += ["cfg 1", f"FluxGuidance {guidance:g}", f"ModelSamplingFlux with both shifts {math.log(shift):.4g}"]
+    else:
+        settings += [f"cfg {guidance:g}", *([] if name in UNET_PIPELINES else [f"ModelSamplingSD3 with shift {shift:g}"])]
+    return f"In ComfyUI: {', '.join(settings)} (by ComfyUI's code; not run there)."
 
 
 def _arguments(call: Mapping[str, Any]) -> str:

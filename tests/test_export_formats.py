@@ -1,0 +1,237 @@
+"""The LoRA and single-file formats: names against the documented ones, and read back by plain diffusers elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fastgen.denoiser import Denoiser
+from fastgen.errors import UserError
+from fastgen.export import export, read_export
+from fastgen.export.lora import lora_weights
+from fastgen.pipelines import LoraOptions, Pipeline
+from fastgen.process import VP
+from fastgen.samplers import FewStep, even_times
+from tests import tiny_models as tiny
+
+PROMPT = "a red cube"
+SEED = 11
+
+# diffusers writes the width of FLUX.1, 3072, into its converters; a tiny model needs its own there.
+STOCK = """
+import sys
+sys.modules["fastgen"] = None
+import inspect, json, torch, diffusers
+from diffusers.loaders import lora_conversion_utils, lora_pipeline, single_file_model, single_file_utils
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+
+def narrowed(module, name):
+    source = inspect.getsource(getattr(module, name)).replace("3072", "32").replace("12288", "128")
+    exec(source, module.__dict__)
+    return getattr(module, name)
+
+lora_pipeline._convert_kohya_flux_lora_to_diffusers = narrowed(lora_conversion_utils, "_convert_kohya_flux_lora_to_diffusers")
+for kind in ("flux", "chroma"):
+    known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[f"{kind.title()}Transformer2DModel"]
+    known["checkpoint_mapping_fn"] = narrowed(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
+
+latents = {}
+for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
+    folder = Path(case["folder"])
+    told = json.loads((folder / "fastgen.json").read_text())
+    stock, local = getattr(diffusers, told["pipeline"]), {"config": case["base"], "local_files_only": True}
+    if told["format"] in ("diffusers", "fused"):
+        pipeline = stock.from_pretrained(folder)
+    elif told["format"] != "single-file":
+        pipeline = stock.from_pretrained(case["base"])
+        pipeline.load_lora_weights(folder, weight_name=told["file"])
+    elif hasattr(stock, "from_single_file") and told["network"] == "UNet2DConditionModel":
+        pipeline = stock.from_single_file(str(folder / told["file"]), **local)
+    else:
+        network = getattr(diffusers, told["network"])
+        network = network.from_single_file(str(folder / told["file"]), subfolder="transformer", **local)
+        pipeline = stock.from_pretrained(case["base"], transformer=network)
+    if told["format"] not in ("diffusers", "fused"):
+        scheduler = getattr(diffusers, told["scheduler"]["class"])
+        pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(case["seed"])
+    generator = torch.Generator().manual_seed(case["seed"])
+    noise = load_file(case["noise"])["noise"]
+    drawn = pipeline(case["prompt"], latents=noise, generator=generator, output_type="latent", **told["call"]).images
+    latents[case["name"]] = drawn.contiguous()
+save_file(latents, Path(sys.argv[1], "latents.safetensors"))
+assert not any(name.startswith("fastgen.") for name in sys.modules)
+"""
+
+
+def sdxl() -> Any:
+    """With a second text encoder of another width than the first, by which diffusers tells them apart in a single file."""
+    pipeline = tiny.sdxl()
+    config = pipeline.text_encoder_2.config
+    config.hidden_size, config.intermediate_size, config.num_attention_heads = 40, 41, 5
+    pipeline.text_encoder_2 = type(pipeline.text_encoder_2)(config).eval()
+    width = tiny.WIDTH + 40
+    pipeline.unet = tiny.unet(**{**pipeline.unet.config, "cross_attention_dim": width})
+    return pipeline
+
+
+@dataclass
+class Case:
+    base: Callable[[], Any]
+    format: str
+    mode: str = "lora"
+    gamma: float = 0.0
+    shift: float = 1.0
+    guidance: float = 1.0
+    size: int | None = None
+    rank: int = 4
+
+
+CASES = {
+    "kohya_sd15": Case(tiny.sd15, "kohya", gamma=1.0),
+    "kohya_sdxl": Case(sdxl, "kohya", gamma=1.0),
+    "kohya_flux": Case(tiny.flux, "kohya", shift=3.0, guidance=3.5, size=64),
+    "comfyui_sdxl": Case(sdxl, "comfyui"),
+    "comfyui_flux": Case(tiny.flux, "comfyui", guidance=3.5, size=64, rank=3),
+    "comfyui_chroma": Case(tiny.chroma, "comfyui", size=64),
+    "fused_toy": Case(tiny.toy, "fused", gamma=1.0),
+}
+
+
+def wrapped(case: Case) -> Pipeline:
+    lora = LoraOptions(rank=case.rank, alpha=10.0)
+    return Pipeline.wrap(case.base(), roles={"student": case.mode}, lora=lora, height=case.size, width=case.size)
+
+
+def trained(pipeline: Pipeline) -> Denoiser:
+    """A student that has moved away from its teacher."""
+    torch.manual_seed(1)
+    student = pipeline.trainable("student")
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight += 0.1 * torch.randn_like(weight) * max(float(weight.std()) if weight.numel() > 1 else 0.0, 0.1)
+    return student.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Every case exported and sampled here; then all of them sampled by one process without fastgen."""
+    root, ours, cases = tmp_path_factory.mktemp("formats"), {}, []
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        pipeline = wrapped(case)
+        base = root / f"base-{name}"
+        pipeline.diffusers.save_pretrained(base)
+        student = trained(pipeline)
+        sampler = FewStep(even_times(2, pipeline.process, case.shift), case.gamma, case.guidance)
+        folder = export(
+            pipeline, student, sampler, root / name, format=case.format, record={"base": str(base), "method": "lcm"}
+        )
+        torch.manual_seed(SEED)
+        noise = torch.randn(1, *pipeline.latent_shape)
+        save_file({"noise": noise}, root / f"{name}.safetensors")
+        generator = torch.Generator().manual_seed(SEED) if isinstance(pipeline.process, VP) else None
+        condition = pipeline.encode_prompts([PROMPT])
+        torch.manual_seed(SEED)
+        with torch.no_grad():
+            ours[name] = sampler.sample(student, noise, condition, generator=generator)
+        where = {"folder": str(folder), "base": str(base), "noise": str(root / f"{name}.safetensors")}
+        cases.append(where | {"prompt": PROMPT, "name": name, "seed": SEED})
+    (root / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, "-c", STOCK, str(root)], cwd=root, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, ours, load_file(root / "latents.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_diffusers_draws_what_we_draw(name: str, exported: Any) -> None:
+    _, ours, theirs = exported
+    error = float((theirs[name] - ours[name]).norm() / ours[name].norm())
+    assert error < 1e-4
+
+
+def lora_file(root: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(root / name / f"{name}.safetensors")
+
+
+def test_kohyas_keys_of_sd15_are_diffusers_own_helpers(exported: Any) -> None:
+    root, _, _ = exported
+    file = lora_file(root, "kohya_sd15")
+    torch.manual_seed(0)
+    pipeline = wrapped(CASES["kohya_sd15"])
+    weights = lora_weights(trained(pipeline).own, torch.float32)
+    expected = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in weights.items()})
+    assert file.keys() == expected.keys()
+    assert all(torch.equal(file[key].float(), expected[key].float()) for key in expected)
+    assert all(float(file[key]) == 4.0 for key in file if key.endswith(".alpha"))
+
+
+def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Any) -> None:
+    root, _, _ = exported
+    sdxl_keys, flux_keys = lora_file(root, "kohya_sdxl"), lora_file(root, "kohya_flux")
+    assert sdxl_keys["lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight"].shape == (4, 32)
+    for part in ("input_blocks_1_0_in_layers_2", "input_blocks_2_0_op", "middle_block_1_proj_in", "output_blocks_1_2_conv"):
+        assert f"lora_unet_{part}.lora_up.weight" in sdxl_keys
+    assert not any("down_blocks" in key or "resnets" in key for key in sdxl_keys)
+    # Three layers of rank 4 in one: queries, keys and values of width 32.
+    qkv = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert flux_keys[f"{qkv}.lora_down.weight"].shape == (12, 32)
+    assert flux_keys[f"{qkv}.lora_up.weight"].shape == (96, 12)
+    assert float(flux_keys[f"{qkv}.alpha"]) == 12.0
+    assert flux_keys["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (32 * 3 + 128, 16)
+    for name in ("kohya_sd15", "kohya_sdxl", "kohya_flux"):
+        keys = lora_file(root, name)
+        layers = {key.partition(".")[0] for key in keys}
+        parts = ("lora_down.weight", "lora_up.weight", "alpha")
+        assert keys.keys() == {f"{layer}.{part}" for layer in layers for part in parts}
+        assert all(layer.startswith("lora_unet_") for layer in layers)
+
+
+def test_comfyuis_keys_are_its_layers_names(exported: Any) -> None:
+    root, _, _ = exported
+    keys = lora_file(root, "comfyui_flux")
+    assert keys["diffusion_model.double_blocks.1.txt_attn.qkv.lora_up.weight"].shape == (96, 9)
+    assert all(key.startswith(("diffusion_model.double_blocks.", "diffusion_model.single_blocks.")) for key in keys)
+    assert all(key.startswith("lora_unet_input_blocks_") or "_block" in key for key in lora_file(root, "comfyui_sdxl"))
+
+
+def test_a_lora_says_what_it_is_and_how_it_is_sampled(exported: Any) -> None:
+    root, _, _ = exported
+    with safe_open(root / "kohya_flux" / "kohya_flux.safetensors", framework="pt") as reader:
+        labels = reader.metadata()
+    assert (labels["ss_network_module"], labels["ss_network_dim"], labels["ss_network_alpha"]) == (
+        "networks.lora_flux",
+        "4",
+        "4",
+    )
+    assert json.loads(labels["fastgen.timesteps"]) == [1000.0, 750.0]
+    assert (labels["fastgen.steps"], labels["fastgen.shift"], labels["fastgen.guidance"]) == ("2", "3.0", "3.5")
+    assert labels["fastgen.base_sha256"] == read_export(root / "kohya_flux")["base"]["sha256"]
+    card = (root / "kohya_flux" / "README.md").read_text()
+    assert 'weight_name="kohya_flux.safetensors"' in card and "strength 1.0" in card
+    assert "FluxGuidance 3.5" in card and "both shifts 1.099" in card
+    assert "sampler `lcm`, scheduler `simple`, steps 2, cfg 1 " in (root / "kohya_sdxl" / "README.md").read_text()
+    assert "the LoRA merged into the weights" in (root / "fused_toy" / "README.md").read_text()
+
+
+def test_what_has_no_such_format_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    full = Pipeline.wrap(tiny.toy())
+    student = trained(full)
+    for format in ("kohya", "comfyui", "fused", "diffusers-lora"):
+        with pytest.raises(UserError, match=rf"full weights has no LoRA for the format '{format}'"):
+            export(full, student, FewStep((1.0,)), tmp_path / "x", format=format)
+    assert list(tmp_path.iterdir()) == []
