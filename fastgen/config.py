@@ -37,6 +37,9 @@ class LoRAConfig(Checked):
     rank: int                 = setting(64, "rank of every adapter", at_least=1, at_most=4096)
     alpha: float              = setting(64.0, "scale of the adapters is alpha / rank", above=0)
     targets: list[str] | None = setting(None, 'names of the layers adapted; "none": the usual ones')
+    init: Literal["default", "gaussian"] = setting("default", "how the first factor starts; the second starts at zero")
+    dora: bool                = setting(False, "learn the weights' magnitudes beside (DoRA)")
+    ranks: dict[str, int]     = setting({}, "rank of single roles, such as {fake_score = 16}; the others have `rank`")
 
 
 @dataclass
@@ -62,6 +65,7 @@ class TrainConfig(Checked):
     steps: int                 = setting(1000, "updates of the student's loop", at_least=1)
     batch: int                 = setting(16, "samples per update on each process", at_least=1)
     micro_batches: int         = setting(1, "parts a batch is computed in; more need less memory", at_least=1)
+    gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass: less memory, more time")
     lr: float                  = setting(1e-5, "learning rate of AdamW", above=0, at_most=10)
     weight_decay: float        = setting(0.0, "decoupled weight decay", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays", at_least=0, below=1)
@@ -85,7 +89,7 @@ class RunConfig(Checked):
     method_name: str
     method: Method
     pipeline: str            = setting(TOY, 'teacher: a diffusers folder or hub id; "toy": the one that ships')
-    teacher_network: str     = setting("", "fine-tuned unet or transformer in the teacher's place: folder or .safetensors file")
+    teacher_weights: str     = setting("", "fine-tuned unet or transformer in the teacher's place: folder or .safetensors file")
     teacher_loras: list[str] = setting([], "LoRA files laid over the teacher, student included")
     seed: int                = setting(0, "seed of all randomness", at_least=0)
     roles: dict[str, str]    = setting({"student": "full"}, '"full" or "lora" for student and fake_score')
@@ -118,7 +122,7 @@ class RunConfig(Checked):
     def to_toml(self, *, help: bool = False) -> str:
         """The whole run as a file that `load` reads back to an equal run; with a line of help beside each key if asked."""
         run = {each.name: each for each in fields(self)}
-        scalars = ("pipeline", "teacher_network", "teacher_loras", "seed")
+        scalars = ("pipeline", "teacher_weights", "teacher_loras", "seed")
         parts = [schema.dump({key: getattr(self, key) for key in scalars}, helps(run) if help else None)]
         for section in ("method", "roles", *SECTIONS):
             part = getattr(self, section)
@@ -135,7 +139,7 @@ class RunConfig(Checked):
 
 
 SECTIONS = {"lora": LoRAConfig, "data": DataConfig, "train": TrainConfig}
-ROOT_KEYS = ("pipeline", "teacher_network", "teacher_loras", "seed", "method", "roles", *SECTIONS)
+ROOT_KEYS = ("pipeline", "teacher_weights", "teacher_loras", "seed", "method", "roles", *SECTIONS)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -154,7 +158,7 @@ def from_tables(tables: dict[str, Any], source: Source) -> RunConfig:
             source.wrong((key,), f"is not an option of a run{elsewhere(key)}")
     name, method = method_from(tables.get("method", {}), source)
     run_fields = {each.name: each for each in fields(RunConfig)}
-    types = {"pipeline": str, "teacher_network": str, "teacher_loras": list[str], "seed": int, "roles": dict[str, str]}
+    types = {"pipeline": str, "teacher_weights": str, "teacher_loras": list[str], "seed": int, "roles": dict[str, str]}
     values = {key: schema.convert(hint, tables[key], (key,), source) for key, hint in types.items() if key in tables}
     for key, value in values.items():
         problem = schema.out_of_range(run_fields[key], value)

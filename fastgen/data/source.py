@@ -1,4 +1,4 @@
-"""Training batches: a finite set, encoded once and held in memory, drawn in an order that seed and position decide.
+"""Training batches: a finite set, encoded once, drawn in an order that seed and position decide.
 
 Epoch e of a set is shuffled by a generator seeded with (seed, e), so a position - how many samples all processes have drawn
 together - says everything about what comes next: a resumed run goes on with the very sample it would have seen.
@@ -7,7 +7,6 @@ together - says everything about what comes next: a resumed run goes on with the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,42 +14,47 @@ import torch
 from torch import Tensor
 
 from fastgen.config import TOY, DataConfig
+from fastgen.data.cache import Rows, lean, pick
+from fastgen.data.encoding import CHUNK, encode_images, encode_prompts
 from fastgen.data.images import find_images, load_images
+from fastgen.data.pairs import make_pairs
 from fastgen.data.prompts import read_prompts
 from fastgen.data.toy.captions import caption
 from fastgen.data.toy.scenes import render, sample_scenes
-from fastgen.denoiser import Condition, map_tensors
+from fastgen.denoiser import Condition
 from fastgen.errors import UserError
 from fastgen.method import Batch, Need
 from fastgen.pipelines.base import Pipeline
 
 __all__ = ["Source", "encode_prompts", "load_source", "toy_pool"]
 
-CHUNK = 64
-
 
 class Source:
-    """A set of conditions, with latents of real images where there are any, as an endless stream of batches."""
+    """A set of conditions, with latents of images or teacher pairs where there are any, as an endless stream of batches."""
 
     def __init__(
         self,
-        condition: Condition,
+        condition: Condition | Rows,
         latent_shape: Sequence[int],
-        latents: Tensor | None = None,
+        latents: Tensor | Rows | None = None,
         *,
+        pairs: Condition | Rows | None = None,
         prompts: Sequence[str] = (),
         seed: int = 0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         processes: int = 1,
     ):
-        """`latent_shape` is one sample's. `latents` [N, ...] belong to `condition`, in order, as `prompts` do.
+        """`latent_shape` is one sample's. `latents` [N, ...] and `pairs` (`noise` and `target` [N, ...]) belong to `condition`,
+        in order, as `prompts` do; each is in memory, or rows of a cache.
 
         Each of `processes` draws its own part, `rank`, of every joint batch.
         """
-        if not len(condition) or (latents is not None and len(latents) != len(condition)):
-            raise ValueError(f"{len(condition)} conditions and {0 if latents is None else len(latents)} latents are not a set")
-        self.condition, self.latents, self.prompts = lean(condition), latents, list(prompts)
+        for others in (latents, pairs):
+            if not len(condition) or (others is not None and len(others) != len(condition)):
+                raise ValueError(f"{len(condition)} conditions and {0 if others is None else len(others)} samples are no set")
+        self.condition = lean(condition) if isinstance(condition, Condition) else condition
+        self.latents, self.pairs, self.prompts = latents, pairs, list(prompts)
         self.latent_shape, self.seed, self.device = tuple(latent_shape), seed, torch.device(device)
         self.rank, self.processes, self.position = rank, processes, 0
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.long)
@@ -62,16 +66,24 @@ class Source:
         """The next `size` samples of this process, on its device."""
         index = self.indices(self.position + self.rank * size, size)
         self.position += size * self.processes
-        latents = None if self.latents is None else self.latents[index].to(self.device)
-        return Batch(self.take(index), (size, *self.latent_shape), latents)
+        latents = self.latents
+        if isinstance(latents, Rows):
+            latents = latents.take(index).inputs["latents"]
+        elif latents is not None:
+            latents = latents[index]
+        batch = Batch(self.take(index), (size, *self.latent_shape), None if latents is None else latents.to(self.device))
+        if self.pairs is not None:
+            pairs = self.rows(self.pairs, index).to(self.device).inputs
+            batch.noise, batch.target = pairs["noise"], pairs["target"]
+        return batch
 
     def take(self, index: Tensor) -> Condition:
         """The conditions at `index`, on this process's device."""
-        found = Condition(self.condition.inputs, self.condition.shared)[index]
-        null = self.condition.null
-        if null is not None:
-            found.null = null[index if len(null) == len(self) else torch.zeros_like(index)]
-        return found.to(self.device)
+        return self.rows(self.condition, index).to(self.device)
+
+    @staticmethod
+    def rows(samples: Condition | Rows, index: Tensor) -> Condition:
+        return samples.take(index) if isinstance(samples, Rows) else pick(samples, index)
 
     def indices(self, start: int, number: int) -> Tensor:
         """Which samples stand at positions `start` to `start + number` of the endless stream."""
@@ -100,31 +112,6 @@ class Source:
         self.position = int(state["position"])
 
 
-def lean(condition: Condition) -> Condition:
-    """The same with a null twin of one sample, where all its samples are alike."""
-    null = condition.null
-    if null is None or len(null) < 2:
-        return condition
-    alike: list[bool] = []
-    map_tensors(lambda x: alike.append(bool((x == x[:1]).all())), null.inputs)
-    return Condition(condition.inputs, condition.shared, null[[0]]) if all(alike) else condition
-
-
-def in_chunks(number: int) -> list[slice]:
-    return [slice(a, b) for a, b in pairwise([*range(0, number, CHUNK), number])]
-
-
-@torch.no_grad()
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> Condition:
-    """The conditions of `prompts`, encoded a batch at a time and kept on the CPU."""
-    return Condition.cat([pipeline.encode_prompts(list(prompts[part])).to("cpu") for part in in_chunks(len(prompts))])
-
-
-@torch.no_grad()
-def encode_images(pipeline: Pipeline, number: int, images: Callable[[slice], Tensor]) -> Tensor:
-    return torch.cat([pipeline.encode(images(part)).cpu() for part in in_chunks(number)])
-
-
 @torch.no_grad()
 def image_size(pipeline: Pipeline, device: torch.device | str) -> tuple[int, int]:
     """Height and width in pixels of what the pipeline decodes."""
@@ -148,27 +135,50 @@ def load_source(
     device: torch.device | str = "cpu",
     rank: int = 0,
     processes: int = 1,
+    say: Callable[[str], None] | None = None,
 ) -> Source:
     """What a method needs of the data that a run describes, encoded.
 
     A method that needs images gets the captions of those images as prompts. "toy" is a pool of `data.pool` scenes of the
-    training split. Raises UserError where the data does not have what is needed.
+    training split; it is kept in memory, other data in the folder `data.cache`. `say` is told how long work goes on. Raises
+    UserError where the data does not have what is needed.
     """
-    if "pairs" in needs:
-        raise UserError("this method learns from teacher pairs (noise and sample), which data.prompts and data.images are not")
-    latents = None
-    if "images" not in needs:
-        prompts = toy_pool(data.pool, seed)[1] if data.prompts == TOY else read_prompts(data.prompts)
+    pictured = "images" in needs
+    toy = (data.images if pictured else data.prompts) == TOY
+    cache = None if toy else data.cache
+    share: dict[str, Any] = {"rank": rank, "processes": processes, "say": say}
+    latents: Tensor | Rows | None = None
+    if not pictured:
+        prompts = toy_pool(data.pool, seed)[1] if toy else read_prompts(data.prompts)
     elif not data.images:
         raise UserError("data.images is missing; this method needs a folder of pictures with a .txt caption beside each")
-    elif data.images == TOY:
+    elif toy:
         pictures, prompts = toy_pool(data.pool, seed)
-        latents = encode_images(pipeline, data.pool, lambda part: pictures[part].to(device))
+        latents = in_memory(pipeline, data.pool, lambda part: pictures[part].to(device))
     else:
         paths, prompts = find_images(data.images)
         size = image_size(pipeline, device)
-        latents = encode_images(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device))
-    condition = encode_prompts(pipeline, prompts)
+        if cache is None:
+            latents = in_memory(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device))
+        else:
+            latents = encode_images(pipeline, paths, lambda some: load_images(some, size).to(device), cache, size=size, **share)
+    if "pairs" in needs and not pictured:
+        prompts = [prompts[i % len(prompts)] for i in range(data.pairs)]
+    condition = encode_prompts(pipeline, prompts, cache, **share)
+    pairs = make_pairs(pipeline, condition, prompts, data, seed=seed, cache=cache, **share) if "pairs" in needs else None
     return Source(
-        condition, pipeline.latent_shape, latents, prompts=prompts, seed=seed, device=device, rank=rank, processes=processes
+        *(condition, pipeline.latent_shape, latents),
+        pairs=pairs,
+        prompts=prompts,
+        seed=seed,
+        device=device,
+        rank=rank,
+        processes=processes,
     )
+
+
+@torch.no_grad()
+def in_memory(pipeline: Pipeline, number: int, images: Callable[[slice], Tensor]) -> Tensor:
+    """The latents of `number` images, encoded a batch at a time."""
+    parts = [slice(start, min(start + CHUNK, number)) for start in range(0, number, CHUNK)]
+    return torch.cat([pipeline.encode(images(part)).cpu() for part in parts])

@@ -24,11 +24,14 @@ import transformers
 
 from fastgen import config as configuration
 from fastgen.config import TOY, RunConfig
+from fastgen.data.encoding import free_text_encoders
 from fastgen.data.source import load_source
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.pipelines import LoraOptions, Pipeline, load_pipeline
+from fastgen.pipelines.fine_tune import replace_network
+from fastgen.pipelines.loading import fuse_lora
 from fastgen.samplers import FewStep, even_times
 from fastgen.training import checkpoint as saved
 from fastgen.training.ema import fill
@@ -47,7 +50,7 @@ TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
     f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads")
-)
+) | {"data.cache"}
 """What a resumed run may do otherwise: none of it changes what is learned."""
 
 
@@ -82,9 +85,8 @@ def distill(
         seed_everything(config.seed)
         config.method.setup(pipeline)
         reporter.say("encoding the data")
-        data = load_source(
-            pipeline, config.data, config.method.needs, seed=config.seed, device=place, rank=rank(), processes=processes()
-        )
+        share: dict[str, Any] = {"rank": rank(), "processes": processes(), "say": reporter.say}
+        data = load_source(pipeline, config.data, config.method.needs, seed=config.seed, device=place, **share)
         grids = None
         if rank() == 0:
             prompts = config.train.sample_prompts or list(dict.fromkeys(data.prompts))[:GRID_PROMPTS]
@@ -94,6 +96,7 @@ def distill(
             grids = Grids(
                 pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast
             )
+        free_text_encoders(pipeline)
         seed_everything(config.seed + 1_000_003 * rank())
         trainer = Trainer(
             config.method,
@@ -142,15 +145,20 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
     targets = None if config.lora.targets is None else tuple(config.lora.targets)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # The bars of loading a file are not the run's.
-    return load_pipeline(
+    pipeline = load_pipeline(
         str(TOY_TEACHER) if config.pipeline == TOY else config.pipeline,
         roles=roles,
         lora=LoraOptions(config.lora.rank, config.lora.alpha, targets),
-        teacher_loras=config.teacher_loras,
+        teacher_loras=() if config.teacher_weights else config.teacher_loras,
         dtype=torch.bfloat16 if frozen_base and config.train.precision == "bf16" else torch.float32,
         device=device,
         offline=offline,
     )
+    if config.teacher_weights:
+        replace_network(pipeline.diffusers, config.teacher_weights)
+        for file in config.teacher_loras:
+            fuse_lora(pipeline.diffusers, file)
+    return pipeline
 
 
 def teacher_guidance(method: Method, pipeline: Pipeline) -> float:

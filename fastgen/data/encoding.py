@@ -1,0 +1,172 @@
+"""Prompts and pictures encoded through a cache, and what an encoding depends on.
+
+A component is told by its configuration and a digest of its weights as they are in memory, so an encoder with a LoRA fused
+into it, or in another precision, is another one.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fastgen.data.cache import Cache, Rows, digest
+from fastgen.denoiser import Condition
+from fastgen.pipelines.base import Pipeline
+
+__all__ = ["encode_images", "encode_prompts", "free_text_encoders", "made_with", "text_components"]
+
+CHUNK = 64
+NO_TEXT = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "scheduler")
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    cache: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    rank: int = 0,
+    processes: int = 1,
+    say: Callable[[str], None] | None = None,
+) -> Condition | Rows:
+    """The conditions of `prompts`, kept on the CPU, or in the folder `cache`.
+
+    `size` (height, width) in pixels is the pipeline's own by default.
+    """
+    options = {} if size is None else {"height": size[0], "width": size[1]}
+
+    def encode(some: Sequence[str]) -> Condition:
+        parts = [some[start : start + CHUNK] for start in range(0, len(some), CHUNK)]
+        return Condition.cat([pipeline.encode_prompts(list(part), **options).to("cpu") for part in parts])
+
+    if cache is None:
+        return encode(prompts)
+    shelf = Cache(cache, "prompts", {**made_with(pipeline, text_components(pipeline)), "size": size})
+    keys = [digest(prompt) for prompt in prompts]
+    return shelf.fill(keys, lambda index: encode([prompts[i] for i in index]), rank=rank, processes=processes, say=say)
+
+
+@torch.no_grad()
+def encode_images(
+    pipeline: Pipeline,
+    paths: Sequence[Path],
+    load: Callable[[Sequence[Path]], Tensor],
+    cache: str,
+    *,
+    size: tuple[int, int],
+    rank: int = 0,
+    processes: int = 1,
+    say: Callable[[str], None] | None = None,
+) -> Rows:
+    """The latents of picture files, as `load` gives them scaled to `size` (height, width), in the folder `cache`.
+
+    A file is the same as long as its path, length and time of change are.
+    """
+    names = [name for name, part in pipeline.diffusers.components.items() if isinstance(part, nn.Module) and "vae" in name]
+    shelf = Cache(cache, "latents", {**made_with(pipeline, names), "size": size})
+    states = [path.stat() for path in paths]
+    keys = [digest([str(path.absolute()), state.st_size, state.st_mtime_ns]) for path, state in zip(paths, states, strict=True)]
+
+    def encode(index: list[int]) -> Condition:
+        parts = [[paths[i] for i in index[start : start + CHUNK]] for start in range(0, len(index), CHUNK)]
+        return Condition({"latents": torch.cat([pipeline.encode(load(part)).cpu() for part in parts])})
+
+    return shelf.fill(keys, encode, rank=rank, processes=processes, say=say)
+
+
+# -- what an encoding depends on ---------------------------------------------------------------------
+
+
+def text_components(pipeline: Pipeline) -> list[str]:
+    """The pipeline's components that a condition may depend on: encoders, tokenizers, and whatever else has no other part."""
+    return [
+        name
+        for name, part in pipeline.diffusers.components.items()
+        if part is not None and not name.startswith(NO_TEXT) and name != pipeline.network_name
+    ]
+
+
+def made_with(pipeline: Pipeline, components: Sequence[str]) -> dict[str, Any]:
+    """Everything besides prompt or picture that an encoding by `components` depends on, as JSON.
+
+    The network's configuration counts (pipelines take sizes and lengths from it), its weights do not.
+    """
+    parts = pipeline.diffusers.components
+    options = {key: value for key, value in dict(pipeline.diffusers.config).items() if key not in parts and key[0] != "_"}
+    return {
+        "pipeline": type(pipeline.diffusers).__name__,
+        "options": json.loads(json.dumps(options, default=str)),
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "network": digest(configuration(pipeline.network)),
+        "resolution": [pipeline.height, pipeline.width],
+        "latents": list(pipeline.latent_shape),
+        "components": {name: fingerprint(parts[name]) for name in components},
+    }
+
+
+def fingerprint(component: Any) -> str:
+    """A digest of a model or a tokenizer: class, configuration, and weights or vocabulary."""
+    described: dict[str, Any] = {"class": type(component).__name__, "config": configuration(component)}
+    if isinstance(component, nn.Module):
+        described["weights"] = weights_digest(component)
+    if hasattr(component, "get_vocab"):
+        described["vocabulary"] = digest(component.get_vocab())
+        described["special"] = {key: str(value) for key, value in component.special_tokens_map.items()}
+        for key in ("model_max_length", "padding_side", "truncation_side", "chat_template"):
+            described[key] = getattr(component, key, None)
+        backend = getattr(component, "backend_tokenizer", None)
+        if backend is not None:  # Padding and truncation in it are left over from the last call.
+            rules = json.loads(backend.to_str())
+            described["rules"] = digest({key: value for key, value in rules.items() if key not in ("padding", "truncation")})
+    return digest(described)
+
+
+def configuration(component: Any) -> dict[str, Any]:
+    """A component's configuration without what only tells where it came from."""
+    config = getattr(component, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    return {key: value for key, value in values.items() if key[0] != "_" and key != "transformers_version"}
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's weights, names, shapes and precision."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):
+            continue
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        raw = value.detach().cpu().contiguous().reshape(-1)
+        total.update(raw.view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+# -- freeing -----------------------------------------------------------------------------------------
+
+
+def free_text_encoders(pipeline: Pipeline) -> int:
+    """Let go of the pipeline's text encoders, which have done their work; the number of weights that were freed.
+
+    After this `encode_prompts` does not work any more; conditions that exist, null twins included, do.
+    """
+    whole = getattr(pipeline, "diffusers", None)
+    parts = whole.components if whole is not None else {}
+    found = {name: part for name, part in parts.items() if name.startswith("text_encoder") and isinstance(part, nn.Module)}
+    freed = sum(weight.numel() for part in found.values() for weight in part.parameters())
+    if whole is not None:
+        whole.register_modules(**dict.fromkeys(found))
+    del parts, found
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return freed
