@@ -6,10 +6,13 @@ is noise; they are there to see whether fastgen understands how a class calls it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from fastgen.pipelines.tiny import classic_transformers, unets
+import torch
+
+from fastgen.pipelines.tiny import classic_transformers, prompted_transformers, unets
 from fastgen.pipelines.tiny.classes import text_to_image, text_to_video
 from fastgen.pipelines.tiny.encoders import PROMPTS
 
@@ -18,4 +21,16 @@ __all__ = ["PROMPTS", "builders", "text_to_image", "text_to_video"]
 
 def builders() -> dict[str, Callable[[], Any]]:
     """For each class name that there is a tiny model of, the function that builds one."""
-    return {**unets.BUILDERS, **classic_transformers.BUILDERS}
+    known = {**unets.BUILDERS, **classic_transformers.BUILDERS, **prompted_transformers.BUILDERS}
+    return {name: functools.partial(_seeded, build) for name, build in known.items()}
+
+
+def _seeded(build: Callable[[], Any]) -> Any:
+    """The same weights at every call, without a trace in the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = build()
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    return pipeline

@@ -5,12 +5,16 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -57,3 +61,50 @@ def vae(channels: int, levels: int, **options: Any) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,
         **options,
     ).eval()
+
+
+SYMBOLS = ("<pad>", "</s>", "<unk>", *string.ascii_letters, *string.digits, *string.punctuation, " ", "\n")
+
+
+def letters(**options: Any) -> PreTrainedTokenizerFast:
+    """A language model's tokenizer: one token a character, and the end of the text."""
+    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"model_max_length": LENGTH, **special, **options})
+
+
+def language_model(configuration: Any, model: Any, **options: Any) -> Any:
+    """A decoder of two layers; `configuration` and `model` are classes of transformers."""
+    shape = {"hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": len(SYMBOLS)}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return model(configuration(**{**shape, **heads, **tokens, **options}))
+
+
+def bert(**options: Any) -> BertModel:
+    shape = {"hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(vocab_size=len(SYMBOLS), **{**shape, **options}))
+
+
+def deep_compression(channels: int = 4) -> AutoencoderDC:
+    """Sana's autoencoder; downsamples by 2."""
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return AutoencoderDC(
+        **{"in_channels": 3, "latent_channels": channels, "attention_head_dim": 2, "scaling_factor": 0.41407},
+        **{"encoder_block_types": blocks, "decoder_block_types": blocks},
+        **{"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)},
+        **{"encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,))},
+        **{"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)},
+        **{"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
+        **{"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"},
+    )
+
+
+def wan_vae(channels: int = 16) -> AutoencoderKLWan:
+    """Wan's autoencoder of videos; downsamples by 8 in space and by 4 in time."""
+    return AutoencoderKLWan(
+        **{"base_dim": 3, "z_dim": channels, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+        temperal_downsample=[False, True, True],  # Spelt as in diffusers.
+    )

@@ -7,13 +7,27 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    IFPipeline,
+    Kandinsky3Pipeline,
+    Kandinsky3UNet,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    LDMTextToImagePipeline,
     PNDMScheduler,
+    PriorTransformer,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
+    StableUnCLIPPipeline,
+    UnCLIPScheduler,
     UNet2DConditionModel,
+    VQModel,
 )
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-from fastgen.pipelines.tiny.encoders import WIDTH, clip, clip_tokenizer, vae
+from fastgen.pipelines.tiny.encoders import LENGTH, WIDTH, clip, clip_tokenizer, t5, t5_tokenizer, vae
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -81,4 +95,91 @@ def sdxl(seed: int = 0, scheduler: Any = None) -> StableDiffusionXLPipeline:
     )
 
 
-BUILDERS = {"StableDiffusionPipeline": sd15, "StableDiffusionXLPipeline": sdxl}
+def latent_consistency() -> LatentConsistencyModelPipeline:
+    """A latent consistency model: the guidance scale is an input of the UNet."""
+    return LatentConsistencyModelPipeline(
+        **(sd15(scheduler=LCMScheduler(**BETAS), time_cond_proj_dim=16).components | {"scheduler": LCMScheduler(**BETAS)}),
+        requires_safety_checker=False,
+    )
+
+
+def sd15_perturbed() -> StableDiffusionPAGPipeline:
+    return StableDiffusionPAGPipeline(**sd15(scheduler=ddim()).components, requires_safety_checker=False)
+
+
+def sdxl_perturbed() -> StableDiffusionXLPAGPipeline:
+    return StableDiffusionXLPAGPipeline(**sdxl().components, add_watermarker=False)
+
+
+def ddim(**options: Any) -> DDIMScheduler:
+    return DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False, steps_offset=1, **options)
+
+
+def latent_diffusion() -> LDMTextToImagePipeline:
+    """The first latent diffusion model (Rombach et al. 2022): its autoencoder is called vqvae, its text encoder bert."""
+    return LDMTextToImagePipeline(vqvae=vae(4, 4), bert=clip(), tokenizer=clip_tokenizer(), unet=unet(), scheduler=ddim())
+
+
+def deepfloyd() -> IFPipeline:
+    """DeepFloyd IF, stage one: it denoises pixels."""
+    types = {"down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")}
+    types |= {"up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
+    network = unet(3, 64, out_channels=6, mid_block_type="UNetMidBlock2DSimpleCrossAttn", **types)
+    scheduler = DDPMScheduler(variance_type="learned_range", beta_schedule="squaredcos_cap_v2")
+    return IFPipeline(
+        **{"tokenizer": t5_tokenizer(), "text_encoder": t5(), "unet": network, "scheduler": scheduler},
+        **{"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False},
+    )
+
+
+def kandinsky3() -> Kandinsky3Pipeline:
+    """Kandinsky 3: a UNet of its own over a MoVQ autoencoder."""
+    network = Kandinsky3UNet(
+        **{"in_channels": 4, "time_embedding_dim": 4, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3},
+        **{"block_out_channels": (32, 64), "cross_attention_dim": 4, "encoder_hid_dim": WIDTH},
+    )
+    movq = VQModel(
+        **{"block_out_channels": (32, 64), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8},
+        **{"norm_type": "spatial", "num_vq_embeddings": 12, "vq_embed_dim": 4},
+        **{"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")},
+        **{"up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")},
+    )
+    return Kandinsky3Pipeline(
+        tokenizer=t5_tokenizer(), text_encoder=t5(), unet=network, scheduler=DDPMScheduler(**BETAS, steps_offset=1), movq=movq
+    )
+
+
+def unclip() -> StableUnCLIPPipeline:
+    """Stable unCLIP: a prior makes an image embedding from the prompt, and a v-prediction UNet draws it."""
+    network = unet(class_embed_type="projection", projection_class_embeddings_input_dim=2 * WIDTH)
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=12, embedding_dim=WIDTH, num_layers=1, num_embeddings=LENGTH
+    )
+    cosine = {"beta_schedule": "squaredcos_cap_v2"}
+    prior_scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+    return StableUnCLIPPipeline(
+        prior_tokenizer=clip_tokenizer(),
+        prior_text_encoder=clip(projection=True),
+        prior=prior,
+        prior_scheduler=prior_scheduler,
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=WIDTH),
+        image_noising_scheduler=DDPMScheduler(**cosine),
+        tokenizer=clip_tokenizer(),
+        text_encoder=clip(),
+        unet=network,
+        scheduler=ddim(prediction_type="v_prediction"),
+        vae=vae(4, 4),
+    )
+
+
+BUILDERS = {
+    "IFPipeline": deepfloyd,
+    "Kandinsky3Pipeline": kandinsky3,
+    "LDMTextToImagePipeline": latent_diffusion,
+    "LatentConsistencyModelPipeline": latent_consistency,
+    "StableDiffusionPAGPipeline": sd15_perturbed,
+    "StableDiffusionPipeline": sd15,
+    "StableDiffusionXLPAGPipeline": sdxl_perturbed,
+    "StableDiffusionXLPipeline": sdxl,
+    "StableUnCLIPPipeline": unclip,
+}
