@@ -20,15 +20,15 @@ def squared(prediction: Tensor, target: Tensor, weight: Tensor | float = 1.0) ->
     return (weight * (wide(prediction) - wide(target).detach()).square()).mean()
 
 
-def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
-    """Mean of sqrt(d^2 + c^2) - c over the elements d of the difference (Song and Dhariwal 2024).
+def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3, weight: Tensor | float = 1.0) -> Tensor:
+    """Mean of sqrt(d^2 + c^2) - c over the elements d of the difference (Song and Dhariwal 2024), each times `weight`.
 
     Quadratic below `c`, absolute above it; `target` gets no gradient.
     """
     difference = wide(prediction) - wide(target).detach()
     # The same number without cancellation: near zero the root and c agree to all digits of float32.
     squares = difference.square()
-    return (squares / ((squares + c**2).sqrt() + c)).mean()
+    return (weight * squares / ((squares + c**2).sqrt() + c)).mean()
 
 
 def snr(process: Process, t: Tensor, like: Tensor) -> Tensor:

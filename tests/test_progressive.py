@@ -65,10 +65,11 @@ def test_the_exact_student_is_a_fixed_point(process: str, weight: Any) -> None:
     assert float(method.loss(batch)["x0"]) < 1e-9 < wrong
 
 
-def test_the_loss_by_hand() -> None:
+@pytest.mark.parametrize("huber_c", [0.0, 0.3])
+def test_the_loss_by_hand(huber_c: float) -> None:
     """v-prediction on a table, two steps to one, against formulas written out with the table's own numbers."""
     pipeline = FakePipeline(TABLE, (3,), "v")
-    method = ready(pipeline, start_steps=4, stop_steps=2, guidance=3.0)
+    method = ready(pipeline, start_steps=4, stop_steps=2, guidance=3.0, huber_c=huber_c)
     batch = next(batches(pipeline, 8))
     torch.manual_seed(7)
     loss = float(method.loss(batch)["x0"].detach())
@@ -99,7 +100,8 @@ def test_the_loss_by_hand() -> None:
     target = (landed - ratio * x) / (a_end - ratio * a)
     x0, _ = network(x, place, batch.condition.inputs["components"])
     weight = (a**2 / (1 - a**2)).clamp_min(1)
-    assert abs(loss / float((weight * (x0 - target) ** 2).mean()) - 1) < 1e-4
+    error = ((x0 - target) ** 2 + huber_c**2).sqrt() - huber_c if huber_c else (x0 - target) ** 2
+    assert abs(loss / float((weight * error).mean()) - 1) < 1e-4
 
 
 def test_guidance_is_taken_in_at_the_first_stage_only() -> None:
@@ -134,6 +136,12 @@ def test_stages_hand_over() -> None:
     again.load_state(method.state())
     assert again.stage == 1 and not again.advance(5, 8) and again.previous is not None
     assert all(torch.equal(a, b) for a, b in zip(handed, again.previous.parameters(), strict=True))
+
+
+def test_a_stage_ends_where_the_next_begins() -> None:
+    method = ready(FakePipeline(TABLE, (3,)), start_steps=8, stop_steps=2, stage_shares=(1, 3))
+    assert [method.stage_end(step, 8) for step in range(8)] == [2, 2, 8, 8, 8, 8, 8, 8]
+    assert [method.advance(step, 8) for step in range(8)] == [False, False, True, False, False, False, False, False]
 
 
 def test_sampler_of_the_stage() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Denoiser, Guided, Predicts
 from fastgen.errors import UserError
-from fastgen.losses import landing, noised, snr, squared
+from fastgen.losses import landing, noised, pseudo_huber, snr, squared
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.samplers import FewStep, even_times
@@ -42,6 +42,9 @@ class Progressive(Method):
     )
     weight: Literal["truncated_snr", "snr_plus_one"] = field(
         default="truncated_snr", metadata={"help": "weight of the error in x0: max(SNR, 1), or SNR + 1 (plain error in v)"}
+    )
+    huber_c: float = field(
+        default=0.0, metadata={"help": "where a pseudo-Huber loss turns from square to absolute; 0: square", "at_least": 0}
     )
     shift: float = field(default=1.0, metadata={"help": "moves the steps towards noise, for flow models", "above": 0})
 
@@ -147,6 +150,8 @@ class Progressive(Method):
         weight = snr(process, t, x0)
         weight = weight.clamp_min(1) if self.weight == "truncated_snr" else weight + 1
         prediction = Guided(self.student, self.told)(xt, t, batch.condition)
+        if self.huber_c:
+            return {"x0": pseudo_huber(prediction.x0, target, self.huber_c, weight)}
         return {"x0": squared(prediction.x0, target, weight)}
 
     def target(self, xt: Tensor, grid: Tensor, start: Tensor, batch: Batch) -> Tensor:
