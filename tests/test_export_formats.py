@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.export import export, read_export
+from fastgen.export.folder import merged
+from fastgen.export.layouts import layout_of, original_weights
 from fastgen.export.lora import lora_weights
 from fastgen.pipelines import LoraOptions, Pipeline
 from fastgen.process import VP
@@ -48,7 +50,7 @@ for kind in ("flux", "chroma"):
     known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[f"{kind.title()}Transformer2DModel"]
     known["checkpoint_mapping_fn"] = narrowed(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
 
-latents = {}
+latents, weights = {}, {}
 for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
     folder = Path(case["folder"])
     told = json.loads((folder / "fastgen.json").read_text())
@@ -64,6 +66,9 @@ for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
         network = getattr(diffusers, told["network"])
         network = network.from_single_file(str(folder / told["file"]), subfolder="transformer", **local)
         pipeline = stock.from_pretrained(case["base"], transformer=network)
+    if told["format"] == "single-file":
+        parts = {name: part.state_dict() for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        weights |= {f"{case['name']}/{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
     if told["format"] not in ("diffusers", "fused"):
         scheduler = getattr(diffusers, told["scheduler"]["class"])
         pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
@@ -74,6 +79,7 @@ for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
     drawn = pipeline(case["prompt"], latents=noise, generator=generator, output_type="latent", **told["call"]).images
     latents[case["name"]] = drawn.contiguous()
 save_file(latents, Path(sys.argv[1], "latents.safetensors"))
+save_file({key: value.clone() for key, value in weights.items()}, Path(sys.argv[1], "weights.safetensors"))
 assert not any(name.startswith("fastgen.") for name in sys.modules)
 """
 
@@ -108,6 +114,11 @@ CASES = {
     "comfyui_sdxl": Case(sdxl, "comfyui"),
     "comfyui_flux": Case(tiny.flux, "comfyui", guidance=3.5, size=64, rank=3),
     "comfyui_chroma": Case(tiny.chroma, "comfyui", size=64),
+    "single_sd15": Case(tiny.sd15, "single-file", mode="full"),
+    "single_sdxl": Case(sdxl, "single-file", gamma=1.0),
+    "single_sd3": Case(tiny.sd3, "single-file", shift=3.0),
+    "single_flux": Case(tiny.flux, "single-file", mode="full", guidance=3.5, size=64),
+    "single_chroma": Case(tiny.chroma, "single-file", size=64),
     "fused_toy": Case(tiny.toy, "fused", gamma=1.0),
 }
 
@@ -164,13 +175,13 @@ def test_plain_diffusers_draws_what_we_draw(name: str, exported: Any) -> None:
     assert error < 1e-4
 
 
-def lora_file(root: Path, name: str) -> dict[str, torch.Tensor]:
+def one_file(root: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(root / name / f"{name}.safetensors")
 
 
 def test_kohyas_keys_of_sd15_are_diffusers_own_helpers(exported: Any) -> None:
     root, _, _ = exported
-    file = lora_file(root, "kohya_sd15")
+    file = one_file(root, "kohya_sd15")
     torch.manual_seed(0)
     pipeline = wrapped(CASES["kohya_sd15"])
     weights = lora_weights(trained(pipeline).own, torch.float32)
@@ -182,7 +193,7 @@ def test_kohyas_keys_of_sd15_are_diffusers_own_helpers(exported: Any) -> None:
 
 def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Any) -> None:
     root, _, _ = exported
-    sdxl_keys, flux_keys = lora_file(root, "kohya_sdxl"), lora_file(root, "kohya_flux")
+    sdxl_keys, flux_keys = one_file(root, "kohya_sdxl"), one_file(root, "kohya_flux")
     assert sdxl_keys["lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight"].shape == (4, 32)
     for part in ("input_blocks_1_0_in_layers_2", "input_blocks_2_0_op", "middle_block_1_proj_in", "output_blocks_1_2_conv"):
         assert f"lora_unet_{part}.lora_up.weight" in sdxl_keys
@@ -194,7 +205,7 @@ def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Any) -> N
     assert float(flux_keys[f"{qkv}.alpha"]) == 12.0
     assert flux_keys["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (32 * 3 + 128, 16)
     for name in ("kohya_sd15", "kohya_sdxl", "kohya_flux"):
-        keys = lora_file(root, name)
+        keys = one_file(root, name)
         layers = {key.partition(".")[0] for key in keys}
         parts = ("lora_down.weight", "lora_up.weight", "alpha")
         assert keys.keys() == {f"{layer}.{part}" for layer in layers for part in parts}
@@ -203,10 +214,56 @@ def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Any) -> N
 
 def test_comfyuis_keys_are_its_layers_names(exported: Any) -> None:
     root, _, _ = exported
-    keys = lora_file(root, "comfyui_flux")
+    keys = one_file(root, "comfyui_flux")
     assert keys["diffusion_model.double_blocks.1.txt_attn.qkv.lora_up.weight"].shape == (96, 9)
     assert all(key.startswith(("diffusion_model.double_blocks.", "diffusion_model.single_blocks.")) for key in keys)
-    assert all(key.startswith("lora_unet_input_blocks_") or "_block" in key for key in lora_file(root, "comfyui_sdxl"))
+    assert all(key.startswith("lora_unet_input_blocks_") or "_block" in key for key in one_file(root, "comfyui_sdxl"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("single_")])
+def test_a_single_file_holds_every_weight(name: str, exported: Any) -> None:
+    root, _, _ = exported
+    every = load_file(root / "weights.safetensors")
+    found = {key.removeprefix(f"{name}/"): value for key, value in every.items() if key.startswith(f"{name}/")}
+    torch.manual_seed(0)
+    pipeline = wrapped(CASES[name])
+    whole: Any = pipeline.diffusers
+    parts = {each: part for each, part in whole.components.items() if isinstance(part, torch.nn.Module)}
+    parts[pipeline.network_name] = merged(trained(pipeline))
+    wanted = {f"{each}/{key}": value for each, part in parts.items() for key, value in part.state_dict().items()}
+    wanted = {key: value for key, value in wanted.items() if key in found or not key.endswith("embed_tokens.weight")}
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    assert not any("lora" in key or "base_layer" in key for key in one_file(root, name))
+
+
+def test_a_lora_under_original_names_adds_what_the_students_adds(tmp_path: Path) -> None:
+    """Of SD3, whose LoRA diffusers reads under its own names alone: added to the teacher's single file, it is the student's."""
+    files = {}
+    pipeline = wrapped(CASES["single_sd3"])
+    student, sampler = trained(pipeline), FewStep((1.0, 0.75))
+    for format in ("kohya", "comfyui", "single-file"):
+        export(pipeline, student, sampler, tmp_path / format, format=format)
+        files[format] = load_file(tmp_path / format / f"{format}.safetensors")
+    layout = layout_of(pipeline, student.network, "kohya")
+    teacher = original_weights(layout, tiny.sd3().transformer.state_dict())
+    for format, key in (
+        ("kohya", lambda name: "lora_unet_" + name.replace(".", "_")),
+        ("comfyui", "diffusion_model.{}".format),
+    ):
+        lora, touched = files[format], 0
+        for name, weight in files["single-file"].items():
+            layer = key(name.removesuffix(".weight"))
+            expected = teacher[name].clone()
+            if name.endswith(".weight") and f"{layer}.alpha" in lora:
+                down, up = lora[f"{layer}.lora_down.weight"], lora[f"{layer}.lora_up.weight"]
+                expected += up @ down * lora[f"{layer}.alpha"] / len(down)
+                touched += 1
+            assert torch.allclose(expected, weight, atol=1e-6), name
+        assert touched == len([name for name in lora if name.endswith(".alpha")]) > 10
+    assert "joint_blocks.3.context_block.attn.qkv" in {name.removeprefix("diffusion_model.")[:37] for name in files["comfyui"]}
+    card = (tmp_path / "kohya" / "README.md").read_text()
+    assert "```python" not in card and "ModelSamplingSD3 with shift 3" in card
 
 
 def test_a_lora_says_what_it_is_and_how_it_is_sampled(exported: Any) -> None:
@@ -234,4 +291,23 @@ def test_what_has_no_such_format_is_refused_in_one_sentence(tmp_path: Path) -> N
     for format in ("kohya", "comfyui", "fused", "diffusers-lora"):
         with pytest.raises(UserError, match=rf"full weights has no LoRA for the format '{format}'"):
             export(full, student, FewStep((1.0,)), tmp_path / "x", format=format)
+    with pytest.raises(UserError, match=r"'gguf' is not known; it must be one of diffusers.*kohya.*single-file"):
+        export(full, student, FewStep((1.0,)), tmp_path / "x", format="gguf")
+    full.diffusers.__class__ = type("KolorsPipeline", (type(full.diffusers),), {})
+    with pytest.raises(UserError, match=r"'single-file' is known for .*XL, SD3, FLUX.1 and Chroma, not for KolorsPipeline"):
+        export(full, student, FewStep((1.0,)), tmp_path / "x", format="single-file")
+    lora = wrapped(CASES["kohya_sd15"])
+    adapted = trained(lora)
+    lora.diffusers.__class__ = type("KolorsPipeline", (type(lora.diffusers),), {})
+    for format in ("kohya", "comfyui"):
+        with pytest.raises(UserError, match=rf"'{format}' is known for .*, not for KolorsPipeline; export it as 'diffusers'"):
+            export(lora, adapted, FewStep((1.0,)), tmp_path / "x", format=format)
+    wide = Pipeline.wrap(tiny.sd15())
+    wide.diffusers.unet.register_to_config(cross_attention_dim=1024)
+    with pytest.raises(UserError, match="not for Stable Diffusion 2; export it as 'diffusers'"):
+        export(wide, trained(wide), FewStep((1.0,)), tmp_path / "x", format="single-file")
+    embeds = full.trainable("student", guidance_embedding=True)
+    full.diffusers.__class__ = type(tiny.toy())
+    with pytest.raises(UserError, match=r"has time_embedding\.cond_proj\.weight, for which the original layout has no name"):
+        export(full, embeds, FewStep((1.0,)), tmp_path / "x", format="single-file")
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from fastgen.errors import UserError
 from fastgen.export.directory import read_export
 from fastgen.export.folder import export_folder, export_fused
 from fastgen.export.lora import export_comfyui, export_kohya, export_lora
+from fastgen.export.single_file import export_single_file
 from fastgen.pipelines import Pipeline
 from fastgen.samplers import Sampler
 
@@ -22,6 +23,7 @@ FORMATS: dict[str, Callable[..., Path]] = {
     "kohya": export_kohya,
     "comfyui": export_comfyui,
     "fused": export_fused,
+    "single-file": export_single_file,
 }
 """What writes each format; docs/export.md says what is in it."""
 

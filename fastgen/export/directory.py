@@ -75,6 +75,7 @@ def describe(
         **({} if file is None else {"file": file}),
         "in_diffusers": in_diffusers,
         "pipeline": type(pipeline.diffusers).__name__,
+        "network": type(student.network).__name__,
         "sampler": {"class": type(sampler).__name__, "steps": sampler.steps, **settings},
         "scheduler": {"class": spec.class_name, "config": spec.config},
         "call": dict(call),

@@ -134,8 +134,8 @@ class Layout:
     """The original names of one network's layers.
 
     `modules`: by original name, the layers of diffusers that are stacked along their outputs to be that layer. `swapped`:
-    original layers whose output is shift, then scale, where diffusers has scale, then shift. `kohya_original`: whether sd-scripts
-    trains the network under its original names.
+    original layers whose output is shift, then scale, where diffusers has scale, then shift. `kohya_original`: whether
+    sd-scripts trains the network under its original names.
     """
 
     network: str

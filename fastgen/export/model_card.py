@@ -109,15 +109,34 @@ def _loading(pipeline: Pipeline, description: Mapping[str, Any], folder: str, dt
         return {name}, [f"pipeline = {name}.from_pretrained({folder}, dtype={dtype})"]
     base = json.dumps(record.get("base") or "the base model")
     scheduler = description["scheduler"]["class"]
-    names, load = {scheduler, name}, [f"pipeline = {name}.from_pretrained({base}, dtype={dtype})"]
+    names, place = {scheduler, name}, f'pipeline.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")'
+    if format == "single-file":
+        names |= set() if description["network"] == "UNet2DConditionModel" else {description["network"]}
+        return (names, [*_single_file(description, base, folder, dtype), place])
+    load = [f"pipeline = {name}.from_pretrained({base}, dtype={dtype})"]
     for file in map(Path, record.get("teacher_loras", ())):
-        place, weights = json.dumps(str(file.parent)), json.dumps(file.name)
-        load += [f"pipeline.load_lora_weights({place}, weight_name={weights})", "pipeline.fuse_lora()"]
+        parent, weights = json.dumps(str(file.parent)), json.dumps(file.name)
+        load += [f"pipeline.load_lora_weights({parent}, weight_name={weights})", "pipeline.fuse_lora()"]
         load.append("pipeline.unload_lora_weights()")
     file_name = "" if "file" not in description else f", weight_name={json.dumps(description['file'])}"
     load.append(f"pipeline.load_lora_weights({folder}{file_name})")
-    load.append(f'pipeline.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")')
-    return names, load
+    return names, [*load, place]
+
+
+def _single_file(description: Mapping[str, Any], base: str, folder: str, dtype: str) -> list[str]:
+    """The lines that make `pipeline` of a single file; `base` gives the configuration, and what is not in the file."""
+    name, network, path = (
+        description["pipeline"],
+        description["network"],
+        json.dumps(f"{json.loads(folder)}/{description['file']}"),
+    )
+    if network == "UNet2DConditionModel":
+        return [f"pipeline = {name}.from_single_file({path}, config={base}, dtype={dtype})"]
+    arguments = f'config={base}, subfolder="transformer", dtype={dtype}'
+    return [
+        f"transformer = {network}.from_single_file({path}, {arguments})",
+        f"pipeline = {name}.from_pretrained({base}, transformer=transformer, dtype={dtype})",
+    ]
 
 
 def _advice(description: Mapping[str, Any]) -> str:
