@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -72,19 +73,27 @@ def from_original(file: Path, network: Any, weights: dict[str, Tensor]) -> dict[
     kind = type(network)
     if not hasattr(kind, "from_single_file"):
         check_fit(file, network, weights)
+    converted: dict[str, Tensor] = {}
+
+    def catch(self: nn.Module, found: dict[str, Tensor], *args: Any, **options: Any) -> tuple[list[str], list[str]]:
+        converted.update(found)
+        return [], []
+
+    # diffusers converts and loads in one go, and tells of keys that do not fit in a log line only.
+    catcher: Any = type(kind.__name__, (kind,), {"load_state_dict": catch})
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory() as config:
+        with tempfile.TemporaryDirectory() as config, init_empty_weights():
             network.save_config(config)
-            loaded = kind.from_single_file(str(file), config=config, local_files_only=True)
+            catcher.from_single_file(str(file), config=config, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError) as problem:
         reason = " ".join(str(problem).split())[:300] or type(problem).__name__
         stray = next((key for key in weights if key not in network.state_dict()), "")
         raise UserError(f"{file}: does not fit a {kind.__name__}, beginning with {stray!r}: {reason}") from problem
     finally:
         logging.set_verbosity(before)
-    return {key: value for key, value in loaded.state_dict().items() if not value.is_meta}
+    return converted
 
 
 def check_fit(path: str | Path, network: nn.Module, weights: dict[str, Tensor]) -> None:

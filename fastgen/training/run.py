@@ -153,8 +153,9 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
         dtype=torch.bfloat16 if frozen_base and config.train.precision == "bf16" else torch.float32,
         device=device,
         offline=offline,
+        gradient_checkpointing=config.train.gradient_checkpointing,
     )
-    if config.teacher_weights:
+    if config.teacher_weights and pipeline.device.type != "meta":
         replace_network(pipeline.diffusers, config.teacher_weights)
         for file in config.teacher_loras:
             fuse_lora(pipeline.diffusers, file)
