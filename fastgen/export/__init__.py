@@ -1,4 +1,4 @@
-"""Exports that plain diffusers loads and samples as we do, without fastgen: a whole pipeline folder, or a LoRA for its base."""
+"""Exports that are loaded and sampled as we do, without fastgen: a pipeline folder, a LoRA for its base, or one checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fastgen.export.directory import read_export
 from fastgen.export.folder import export_folder, export_fused
 from fastgen.export.lora import export_comfyui, export_kohya, export_lora
 from fastgen.export.single_file import export_single_file
+from fastgen.export.trained import in_words, require_own_call, require_trained
 from fastgen.pipelines import Pipeline
 from fastgen.samplers import Sampler
 
-__all__ = ["FORMATS", "export", "read_export"]
+__all__ = ["FORMATS", "export", "read_export", "require_own_call", "require_trained"]
 
 FORMATS: dict[str, Callable[..., Path]] = {
     "diffusers": export_folder,
@@ -36,14 +37,24 @@ def export(
     *,
     format: str = "diffusers",
     record: Mapping[str, Any] | None = None,
+    trained: Sampler | None = None,
+    force: bool = False,
 ) -> Path:
     """Write `student`, sampled by `sampler`, to the folder `output` in one of `FORMATS`, and return that folder.
 
     `record` is kept in the export as JSON; of its keys the model card knows `method`, `base` (the teacher's folder or hub
-    name), `teacher_loras` (a list of files), `updates`, `averaged` and `prompt`. A previous export at `output` is replaced.
-    Raises UserError for a format that the student cannot have, for a sampler that no stock scheduler reproduces, and for an
-    output that holds anything else or cannot be written.
+    name), `teacher_loras` (a list of files), `updates`, `averaged`, `prompt`, `samples` (a PNG, which is copied) and
+    `evaluation` (a record of `fastgen eval`). A previous export at `output` is replaced. `trained` is the sampler that the
+    student was trained with, where that is known: without `force` no other is taken, with it the card warns.
+
+    Raises UserError for a format that the student or its family cannot have, for a sampler that was not trained or that no
+    stock scheduler reproduces, and for an output that holds anything else or cannot be written.
     """
     if format not in FORMATS:
         raise UserError(f"export format {format!r} is not known; it must be one of {', '.join(FORMATS)}")
-    return FORMATS[format](pipeline, student, sampler, Path(output), record=record or {})
+    kept = dict(record or {})
+    if trained is not None and sampler != trained:
+        if not force:
+            require_trained(sampler, trained)
+        kept["forced"] = f"trained for {in_words(trained)}, exported with {in_words(sampler)}"
+    return FORMATS[format](pipeline, student, sampler, Path(output), record=kept)

@@ -107,7 +107,10 @@ def metadata(description: Mapping[str, Any]) -> dict[str, str]:
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Write `fastgen.json`. Raises TypeError where the record holds something that is not JSON."""
-    (folder / MARK).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    record = {key: value for key, value in description["record"].items() if key != "samples"}  # A copy lies beside it.
+    (folder / MARK).write_text(
+        json.dumps({**description, "record": record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_export(folder: Path) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
     parts = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {title} that samples in {calls}",
-        *([f"![Samples at training's fixed prompts]({SAMPLES})"] if record.get("samples") else []),
+        *([f"**Not sampled as it was trained**: {record['forced']}."] if record.get("forced") else []),
+        *([f"![Samples of the teacher and of the student, drawn in training]({SAMPLES})"] if record.get("samples") else []),
         f"Distilled{method} with fastgen; to use it, {_needs(description)} enough.",
         *([f"```python\n{snippet(pipeline, description, output)}```"] if description["in_diffusers"] else []),
         _advice(description),
