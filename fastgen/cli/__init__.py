@@ -25,6 +25,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "quickstart":    "the whole story on a laptop CPU: distil the shipped teacher, export, evaluate, report",
     "distill":       "train a few-step student as a TOML file describes",
+    "plan":          "memory of a run, role by role and at its peak, before any weight is read",
     "sample":        "pictures from a run or an export",
     "export":        "turn a run into a folder or LoRA that plain diffusers loads",
     "eval":          "measure a run, an export or a teacher",

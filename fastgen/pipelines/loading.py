@@ -6,8 +6,9 @@ Weights are read from safetensors files alone, and no code that comes with a mod
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ from safetensors import SafetensorError
 from fastgen.adapters import LoraOptions
 from fastgen.errors import UserError
 from fastgen.pipelines.base import Mode, Pipeline, network_name
+
+Builder = Callable[[Path, torch.dtype], Any]
+"""Makes a diffusers pipeline object from a folder, with weights of that precision."""
+
+_builder: ContextVar[Builder | None] = ContextVar("builder", default=None)
+
+
+@contextmanager
+def built_by(builder: Builder) -> Iterator[None]:
+    """Within, `load_pipeline` has its pipeline from `builder` and reads no weights; of a hub's model, configurations alone."""
+    before = _builder.set(builder)
+    try:
+        yield
+    finally:
+        _builder.reset(before)
 
 
 def load_pipeline(
@@ -46,15 +62,20 @@ def load_pipeline(
         options = _check_index(source)
     elif offline:
         options["local_files_only"] = True
+    builder = _builder.get()
     try:
-        loaded = diffusers.DiffusionPipeline.from_pretrained(
-            *(str(source or path),), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-        )
+        if builder is not None:
+            loaded = builder(source or _configurations(path, offline), dtype)
+        else:
+            loaded = diffusers.DiffusionPipeline.from_pretrained(
+                *(str(source or path),), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            )
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError, SafetensorError) as problem:
         raise _load_error(path, source, offline, problem) from problem
-    loaded = loaded.to(device)
-    for file in teacher_loras:
-        fuse_lora(loaded, file)
+    if builder is None:  # What is merely planned stays where it is, and a LoRA, once merged, weighs nothing.
+        loaded = loaded.to(device)
+        for file in teacher_loras:
+            fuse_lora(loaded, file)
     try:
         return Pipeline.wrap(
             loaded, roles=roles, lora=lora, gradient_checkpointing=gradient_checkpointing, height=height, width=width
@@ -96,6 +117,16 @@ def _check_index(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder} lacks the component {component!r} that its model_index.json names")
     # The checker of images is of no use in training and often comes pickled.
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+
+
+def _configurations(path: str, offline: bool) -> Path:
+    """A folder with all of a hub's model but its weights."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja"]
+    folder = Path(snapshot_download(path, allow_patterns=wanted, local_files_only=offline))
+    _check_index(folder)
+    return folder
 
 
 def _load_error(path: str, source: Path | None, offline: bool, problem: Exception) -> UserError:

@@ -1,0 +1,192 @@
+"""What a plan says of memory is what a real update takes, and no weight is read for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen import config as configuration
+from fastgen.cli import main
+from fastgen.cli.plan import parse_size, size
+from fastgen.config import RunConfig
+from fastgen.data.encoding import free_text_encoders
+from fastgen.errors import UserError
+from fastgen.plan.advice import advise
+from fastgen.plan.estimate import Blank, Plan, estimate
+from fastgen.plan.ledger import Hollow, Ledger
+from fastgen.training.loop import Trainer
+from fastgen.training.run import open_pipeline
+from tests import tiny_models as tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans")
+    tiny.toy().save_pretrained(path / "toy")
+    (path / "prompts.txt").write_text("a red cube\n")
+    return path
+
+
+def written(folder: Path, method: str, role: str = "full", **train: object) -> Path:
+    lines = [f"pipeline = {str(folder / 'toy')!r}", "[method]", f"name = {method!r}", "[roles]", f"student = {role!r}"]
+    lines += [
+        "[lora]",
+        "rank = 4",
+        "[data]",
+        f"prompts = {str(folder / 'prompts.txt')!r}",
+        f"images = {str(folder)!r}",
+        "[train]",
+    ]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in {"batch": 8, "ema": 0.9, **train}.items()]
+    file = folder / "run.toml"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def run_of(folder: Path, method: str, role: str = "full", **train: object) -> RunConfig:
+    return configuration.load(written(folder, method, role, **train))
+
+
+def measured(config: RunConfig) -> list[int]:
+    """The peaks of one real move of every player, from the storages that are alive, with real weights."""
+    ledger = Ledger()
+    with ledger:
+        pipeline = open_pipeline(config)
+        for component in pipeline.diffusers.components.values():
+            if isinstance(component, nn.Module):
+                for weight in [*component.parameters(), *component.buffers()]:
+                    ledger.enter(weight)
+        method = config.method
+        method.setup(pipeline)
+        trainer = Trainer(method, Blank(pipeline, method), config.train, device="cpu")  # type: ignore[arg-type]
+        free_text_encoders(pipeline)
+        method.advance(0, config.train.steps)
+        peaks = []
+        for again in (False, True):  # the second time the optimiser's moments are there from the start
+            for turn in trainer.turns:
+                ledger.restart()
+                trainer.move(turn)
+                peaks += [ledger.peak] if again else []
+    return peaks
+
+
+@pytest.mark.parametrize(("method", "role"), [("dmd2", "full"), ("lcm", "lora"), ("progressive", "full")])
+def test_the_peak_is_that_of_a_real_update(folder: Path, method: str, role: str) -> None:
+    plan = estimate(run_of(folder, method, role))
+    real = measured(run_of(folder, method, role))
+    assert len(real) == len(plan.turns)
+    for turn, peak in zip(plan.turns, real, strict=True):
+        assert turn.peak == pytest.approx(peak, rel=0.1)
+
+
+def row(plan: Plan, name: str) -> dict[str, int]:
+    (found,) = [vars(each) for each in plan.rows if each.name == name]
+    return found
+
+
+def test_the_rows_are_what_the_roles_hold(folder: Path) -> None:
+    plan = estimate(run_of(folder, "dmd2"))
+    count = sum(p.numel() for p in tiny.toy().unet.parameters())
+    for role in ("student", "fake_score"):
+        told = row(plan, role)
+        assert told["parameters"] == told["trainable"] == count
+        assert told["weights"] == told["gradients"] == 4 * count and told["optimizer"] == 8 * count
+    assert row(plan, "student")["ema"] == 4 * count and row(plan, "fake_score")["ema"] == 0
+    teacher = row(plan, "teacher (unet)")
+    assert teacher["parameters"] == count and teacher["trainable"] == teacher["gradients"] == 0
+    assert row(plan, "fake_score: heads")["trainable"] > 0
+    assert plan.held == pytest.approx(sum(r.kept for r in plan.rows if "freed" not in r.name), rel=0.1)
+    assert plan.sharded(1) == plan.peak > plan.sharded(8)
+
+
+def test_adapters_share_the_base(folder: Path) -> None:
+    plan = estimate(run_of(folder, "dmd2", "lora"))
+    base = sum(p.numel() for p in tiny.toy().unet.parameters())
+    assert row(plan, "teacher (unet)")["parameters"] == base
+    assert row(plan, "student")["parameters"] == row(plan, "student")["trainable"] < base
+
+
+def test_no_weights_are_needed(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    tiny.toy().save_pretrained(bare)
+    for file in bare.rglob("*.safetensors"):
+        file.unlink()
+    config = run_of(folder, "lcm")
+    config.pipeline = str(bare)
+    assert estimate(config).peak == estimate(run_of(folder, "lcm")).peak
+
+
+def test_advice_is_checked_by_planning_again(folder: Path) -> None:
+    config = run_of(folder, "lcm")
+    plan = estimate(config)
+    assert advise(config, plan, plan.peak).fits and not advise(config, plan, plan.peak).changes
+    some = advise(config, plan, int(0.9 * plan.peak))
+    assert some.fits and some.changes
+    again = estimate(configuration.load(written(folder, "lcm"), some.changes))
+    assert again.peak == some.peak <= 0.9 * plan.peak
+    nothing = advise(config, plan, 1000)
+    assert not nothing.fits and nothing.peak < some.peak and "the least found" in nothing.in_words()
+
+
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(folder, "lcm", "lora")
+    assert main(["plan", str(file), "train.batch=2", "--gpus", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "peak on one GPU" in text and "turn of student" in text and "batch 2" in text and "each of 4 GPUs" in text
+    assert main(["plan", str(file), "--json", "--memory", "1TB"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["changes"] == [] and {each["name"] for each in told["rows"]} >= {"student", "teacher (unet)"}
+
+
+def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(written(folder, "lcm"))
+    for arguments, message in [
+        ([file, "--memory", "24 parsecs"], "--memory '24 parsecs': must be a number and a unit"),
+        ([file, "--memory", "0GB"], "must be a number and a unit"),
+        ([file, "--gpus", "0"], "--gpus 0: must be at least 1"),
+        ([file, "pipeline='/nowhere'"], "'/nowhere' does not exist"),
+        ([file, "train.batches=2"], "train.batches"),
+        (["/nowhere.toml"], "/nowhere.toml"),
+    ]:
+        assert main(["plan", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    broken = folder / "broken"
+    tiny.toy().save_pretrained(broken)
+    (broken / "unet" / "config.json").write_text("{")
+    assert main(["plan", file, f"pipeline={str(broken)!r}"]) == 2
+    assert "does not describe a UNet2DConditionModel" in capsys.readouterr().err
+
+
+def test_sizes() -> None:
+    assert parse_size("24GB") == 24 * 10**9 and parse_size(" 1.5 gib ") == 3 * 2**29
+    assert (size(0), size(999), size(1.26e9), size(123.4e6)) == ("-", "999 B", "1.3 GB", "123 MB")
+    with pytest.raises(UserError, match="such as 24GB"):
+        parse_size("24")
+
+
+def test_a_ledger_follows_storages() -> None:
+    ledger = Ledger()
+    with ledger:
+        x = torch.ones(1000)
+        view = x[:10]
+        y = x + 1
+        assert ledger.live == ledger.peak == 8000
+        del y
+        assert ledger.live == 4000 and ledger.peak == 8000
+        del x
+        assert ledger.live == 4000
+        del view
+        assert ledger.live == 0
+        assert ledger.restart() == 0 == ledger.peak
+
+
+def test_tensors_without_values_answer() -> None:
+    with Ledger(Hollow()) as ledger:
+        large = torch.ones(100, 100)
+        assert ledger.live == 40_000 and not bool((large > 0).all()) and float(large.sum()) == 0
+        assert float(torch.ones(10).sum()) == 10
