@@ -46,13 +46,26 @@ class LoRAConfig(Checked):
 class DataConfig(Checked):
     """What the run learns from."""
 
-    prompts: str = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
-    images: str  = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
-    pool: int    = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
-    cache: str | None = setting("~/.cache/fastgen", 'folder of encoded prompts and pictures; "none": in memory')
-    pairs: int        = setting(1000, "teacher pairs (noise and sample) made for methods that learn from them", at_least=1)
-    pair_steps: int   = setting(50, "steps of the teacher's sampler in making pairs", at_least=1)
+    prompts: str       = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
+    images: str        = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
+    pool: int          = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
+    height: int | None = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)
+    width: int | None  = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)
+    buckets: bool      = setting(False, "pictures of every aspect ratio, each batch of one; else all are cropped to one size")
+    cache: str | None  = setting("~/.cache/fastgen", 'folder of encoded prompts and pictures; "none": in memory')
+    pairs: int         = setting(1000, "teacher pairs (noise and sample) made for methods that learn from them", at_least=1)
+    pair_steps: int    = setting(50, "steps of the teacher's sampler in making pairs", at_least=1)
     pair_guidance: float | None = setting(None, 'guidance in making pairs, 1 = off; "none": the pipeline\'s own', at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width"):
+            pixels = getattr(self, name)
+            if pixels is not None and pixels % 16:
+                below = pixels // 16 * 16
+                raise UserError(
+                    f"{name} = {pixels} must be a multiple of 16, as autoencoders and networks need it: {below} or {below + 16}"
+                )
 
 
 Schedule = Literal["constant", "linear", "cosine"]

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from fastgen.config import DataConfig
 from fastgen.data import cache as module
 from fastgen.data.cache import Cache, Rows, digest
-from fastgen.data.encoding import encode_images, encode_prompts, free_text_encoders, made_with, text_components
+from fastgen.data.encoding import cache_images, cache_prompts, free_text_encoders, made_with, text_components
 from fastgen.data.images import load_images
 from fastgen.data.pairs import pair_noise, teacher_sampler
 from fastgen.data.source import load_source
@@ -163,14 +163,14 @@ def sdxl() -> Pipeline:
 
 def test_prompts_from_a_cache_are_the_pipelines_own(sdxl: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 4)
-    rows = encode_prompts(sdxl, PROMPTS, str(tmp_path))
+    rows = cache_prompts(sdxl, PROMPTS, str(tmp_path))
     assert isinstance(rows, Rows)
     taken, fresh = rows.take(torch.tensor([8, 0, 5])), sdxl.encode_prompts([PROMPTS[i] for i in (8, 0, 5)])
     assert taken.null is not None and fresh.null is not None and taken.shared == fresh.shared
     for one, other in ((taken, fresh), (taken.null, fresh.null)):
         map_tensors(lambda x, y: torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4), one.inputs, other.inputs)
     monkeypatch.setattr(sdxl, "encode_prompts", lambda *args, **options: pytest.fail("encoded a second time"))
-    assert len(encode_prompts(sdxl, PROMPTS[::-1], str(tmp_path))) == 9
+    assert len(cache_prompts(sdxl, PROMPTS[::-1], str(tmp_path))) == 9
     with safe_open(next(tmp_path.glob("*/*.safetensors")), "pt") as file:
         assert PROMPTS[0] not in str(file.metadata()), "prompts themselves are not kept"
 
@@ -234,7 +234,7 @@ def test_latents_are_kept_and_a_changed_picture_is_encoded_again(sdxl: Pipeline,
         Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(path)
 
     def encoded(load: Any = lambda some: load_images(some, (64, 64))) -> torch.Tensor:
-        rows = encode_images(sdxl, paths, load, str(tmp_path / "cache"), size=(64, 64))
+        rows = cache_images(sdxl, paths, load, str(tmp_path / "cache"), size=(64, 64))
         return rows.take(torch.arange(3)).inputs["latents"]
 
     first = encoded()

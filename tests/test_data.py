@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.config import DataConfig
+from fastgen.config import DataConfig, load
+from fastgen.data.buckets import bucket_sizes, group_by_size
 from fastgen.data.images import find_images, load_images
 from fastgen.data.prompts import read_prompts
-from fastgen.data.source import Source, load_source, toy_pool
+from fastgen.data.source import Buckets, Source, load_source, toy_pool
 from fastgen.denoiser import Condition
 from fastgen.errors import UserError
 from tests.training_fakes import PROMPTS, SHAPE, FakePipeline, fake_source
@@ -154,6 +155,107 @@ def test_a_null_twin_that_differs_by_sample_is_kept_whole() -> None:
     assert Source(Condition({"text": text}), SHAPE).batch(2).condition.null is None
 
 
+# -- buckets ---------------------------------------------------------------------------------------
+
+
+def test_bucket_sizes_are_of_one_area_and_every_shape() -> None:
+    sizes = bucket_sizes(1024, 1024)
+    known = {(1024, 1024), (832, 1216), (1216, 832), (896, 1152), (768, 1344), (1344, 768), (960, 1088)}
+    assert known <= set(sizes), "SDXL's own (Podell et al. 2023, appendix I)"
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0 and 0.9 < height * width / 1024**2 <= 1 and 0.5 <= height / width <= 2
+    assert bucket_sizes(1024, 1024) == sorted(sizes) and len(set(sizes)) == len(sizes)
+    assert (720, 1280) in bucket_sizes(720, 1280), "the base itself, whatever it is a multiple of"
+
+
+def test_pictures_go_to_the_nearest_shape(tmp_path: Path) -> None:
+    shapes = {"wide": (80, 40), "tall": (30, 60), "square": (50, 52)}
+    paths = [picture(tmp_path / f"{name}.png", size) for name, size in shapes.items()]
+    turned = Image.new("RGB", (80, 40))
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    groups = group_by_size([*paths, tmp_path / "turned.jpg"], [(64, 64), (32, 64), (64, 32)])
+    assert groups == {(32, 64): [0], (64, 32): [1, 3], (64, 64): [2]}, "height first; the last stands upright"
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"bad\.png: is not a readable picture"):
+        group_by_size([tmp_path / "bad.png"], [(64, 64)])
+
+
+def buckets(**options: Any) -> Buckets:
+    """Two buckets of 5 and 2 samples; a sample's latents tell its number, its condition too."""
+    sources = []
+    for first, number, shape in ((0, 5, (4, 2, 2)), (5, 2, (4, 2, 3))):
+        place = torch.arange(first, first + number, dtype=torch.float32)
+        latents = place.view(-1, 1, 1, 1) * torch.ones(number, *shape)
+        sources.append(Source(Condition({"text": place[:, None]}), shape, latents, prompts=PROMPTS[first : first + number]))
+    return Buckets(sources, **options)
+
+
+def bucketed(source: Buckets, size: int, batches: int) -> list[list[int]]:
+    found = []
+    for _ in range(batches):
+        batch = source.batch(size)
+        assert batch.latents is not None and batch.shape == tuple(batch.latents.shape) and batch.shape[0] == size
+        numbers = batch.latents[:, 0, 0, 0]
+        assert torch.equal(numbers, batch.condition.inputs["text"][:, 0]), "conditions and latents belong together"
+        found.append([int(number) for number in numbers])
+    return found
+
+
+def test_every_batch_is_of_one_bucket_and_every_sample_is_seen() -> None:
+    source = buckets()
+    assert len(source) == 7 and source.prompts == PROMPTS[:7]
+    epochs = bucketed(source, 2, 4), bucketed(source, 2, 4)
+    for epoch in epochs:
+        assert {number for batch in epoch for number in batch} == set(range(7))
+        assert all(len({number >= 5 for number in batch}) == 1 for batch in epoch)
+    assert epochs[0] != epochs[1]
+    assert [*epochs[0], *epochs[1]] == bucketed(buckets(), 2, 8) and bucketed(buckets(seed=1), 2, 8) != bucketed(
+        buckets(), 2, 8
+    )
+    assert all(len(set(batch)) == 5 or set(batch) == {5, 6} for batch in bucketed(buckets(), 8, 4)), "small buckets repeat"
+
+
+def test_buckets_go_on_from_a_saved_position_and_are_shared() -> None:
+    whole = bucketed(buckets(), 2, 9)
+    left, found = buckets(), buckets()
+    bucketed(left, 2, 5)
+    found.load_state(left.state())
+    assert bucketed(found, 2, 4) == whole[5:]
+    parts = [bucketed(buckets(rank=rank, processes=2), 1, 9) for rank in range(2)]
+    assert [[*one, *other] for one, other in zip(*parts, strict=True)] == whole
+    with pytest.raises(UserError, match=r"buckets of \[5, 2\] pictures, but the run that is resumed had \[7\]"):
+        found.load_state({"position": 1, "buckets": [7]})
+
+
+def test_a_bucketed_source_from_files(tmp_path: Path) -> None:
+    sizes = {"a": (64, 64), "b": (80, 40), "c": (60, 62), "d": (90, 50)}
+    for name, size in sizes.items():
+        picture(tmp_path / f"{name}.png", size, caption=f"picture {name}")
+
+    class Sized(FakePipeline):
+        def encode_prompts(self, prompts: Any, **size: int) -> Condition:
+            found = super().encode_prompts(prompts)
+            found.inputs["size"] = torch.tensor([[size["height"], size["width"]]] * len(prompts))
+            return found
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([images, images[:, :1]], 1)[..., ::8, ::8]
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(latents), 3, 64, 64)
+
+    pipeline: Any = Sized()
+    source = load_source(pipeline, DataConfig(images=str(tmp_path), buckets=True, cache=None), {"images"})
+    assert isinstance(source, Buckets) and len(source) == 4 and sorted(source.prompts) == [f"picture {name}" for name in "abcd"]
+    for _ in range(4):
+        batch = source.batch(2)
+        pixels = [8 * side for side in batch.shape[2:]]
+        assert batch.condition.inputs["size"].tolist() == [pixels] * 2 and pixels in ([64, 64], [32, 80], [48, 80])
+    with pytest.raises(UserError, match=r"data\.buckets = true does not go with"):
+        load_source(pipeline, DataConfig(images=str(tmp_path), buckets=True, cache=None), {"images", "pairs"})
+
+
 # -- what a run describes ---------------------------------------------------------------------------
 
 
@@ -186,3 +288,12 @@ def test_sources_from_files(tmp_path: Path) -> None:
 def test_data_that_a_method_lacks_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.images is missing"):
         load_source(PIPELINE, DataConfig(prompts="toy"), {"images"})
+
+
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_a_resolution_that_does_not_fit_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{name} = 100 must be a multiple of 16, .*: 96 or 112"):
+        DataConfig(prompts="toy", **{name: 100})
+    (tmp_path / "run.toml").write_text(f'[method]\nname = "lcm"\n[data]\n{name} = 100\n')
+    with pytest.raises(UserError, match=rf"run\.toml: \[data\] {name} = 100 must be a multiple of 16"):
+        load(tmp_path / "run.toml")

@@ -22,42 +22,44 @@ from fastgen.data.cache import Cache, Rows, digest
 from fastgen.denoiser import Condition
 from fastgen.pipelines.base import Pipeline
 
-__all__ = ["encode_images", "encode_prompts", "free_text_encoders", "made_with", "text_components"]
+__all__ = ["cache_images", "cache_prompts", "encode_prompts", "free_text_encoders", "made_with", "text_components"]
 
 CHUNK = 64
 NO_TEXT = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "scheduler")
 
 
 @torch.no_grad()
-def encode_prompts(
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Condition:
+    """The conditions of `prompts`, encoded a batch at a time and kept on the CPU.
+
+    `size` (height, width) in pixels is the pipeline's own by default.
+    """
+    options = {} if size is None else {"height": size[0], "width": size[1]}
+    parts = [list(prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)]
+    return Condition.cat([pipeline.encode_prompts(part, **options).to("cpu") for part in parts])
+
+
+def cache_prompts(
     pipeline: Pipeline,
     prompts: Sequence[str],
-    cache: str | None = None,
+    cache: str,
     *,
     size: tuple[int, int] | None = None,
     rank: int = 0,
     processes: int = 1,
     say: Callable[[str], None] | None = None,
-) -> Condition | Rows:
-    """The conditions of `prompts`, kept on the CPU, or in the folder `cache`.
-
-    `size` (height, width) in pixels is the pipeline's own by default.
-    """
-    options = {} if size is None else {"height": size[0], "width": size[1]}
-
-    def encode(some: Sequence[str]) -> Condition:
-        parts = [some[start : start + CHUNK] for start in range(0, len(some), CHUNK)]
-        return Condition.cat([pipeline.encode_prompts(list(part), **options).to("cpu") for part in parts])
-
-    if cache is None:
-        return encode(prompts)
+) -> Rows:
+    """The conditions of `prompts`, as of `encode_prompts`, in the folder `cache`."""
     shelf = Cache(cache, "prompts", {**made_with(pipeline, text_components(pipeline)), "size": size})
-    keys = [digest(prompt) for prompt in prompts]
-    return shelf.fill(keys, lambda index: encode([prompts[i] for i in index]), rank=rank, processes=processes, say=say)
+
+    def encode(index: list[int]) -> Condition:
+        return encode_prompts(pipeline, [prompts[i] for i in index], size=size)
+
+    return shelf.fill([digest(prompt) for prompt in prompts], encode, rank=rank, processes=processes, say=say)
 
 
 @torch.no_grad()
-def encode_images(
+def cache_images(
     pipeline: Pipeline,
     paths: Sequence[Path],
     load: Callable[[Sequence[Path]], Tensor],
@@ -134,7 +136,7 @@ def fingerprint(component: Any) -> str:
 
 def configuration(component: Any) -> dict[str, Any]:
     """A component's configuration without what only tells where it came from."""
-    config = getattr(component, "config", None)
+    config: Any = getattr(component, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
     return {key: value for key, value in values.items() if key[0] != "_" and key != "transformers_version"}
 
@@ -147,7 +149,7 @@ def weights_digest(module: nn.Module) -> str:
             continue
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         raw = value.detach().cpu().contiguous().reshape(-1)
-        total.update(raw.view(torch.uint8).numpy())
+        total.update(raw.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 from fastgen.data.prompts import read_text
 from fastgen.errors import UserError
 
-__all__ = ["find_images", "load_images"]
+__all__ = ["find_images", "load_images", "not_a_picture", "picture_errors"]
+
+picture_errors = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or a broken one."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -53,8 +56,12 @@ def load_image(path: Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: is not a readable picture ({error})") from error
+    except picture_errors as error:
+        raise not_a_picture(path, error) from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def not_a_picture(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: is not a readable picture ({error})")

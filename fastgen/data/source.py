@@ -7,6 +7,7 @@ together - says everything about what comes next: a resumed run goes on with the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastgen.config import TOY, DataConfig
+from fastgen.data.buckets import bucket_sizes, group_by_size
 from fastgen.data.cache import Rows, lean, pick
-from fastgen.data.encoding import CHUNK, encode_images, encode_prompts
+from fastgen.data.encoding import CHUNK, cache_images, cache_prompts, encode_prompts
 from fastgen.data.images import find_images, load_images
 from fastgen.data.pairs import make_pairs
 from fastgen.data.prompts import read_prompts
@@ -26,7 +28,7 @@ from fastgen.errors import UserError
 from fastgen.method import Batch, Need
 from fastgen.pipelines.base import Pipeline
 
-__all__ = ["Source", "encode_prompts", "load_source", "toy_pool"]
+__all__ = ["Buckets", "Source", "encode_prompts", "load_source", "toy_pool"]
 
 
 class Source:
@@ -66,12 +68,16 @@ class Source:
         """The next `size` samples of this process, on its device."""
         index = self.indices(self.position + self.rank * size, size)
         self.position += size * self.processes
+        return self.at(index)
+
+    def at(self, index: Tensor) -> Batch:
+        """The samples at `index` [B], on this process's device."""
         latents = self.latents
         if isinstance(latents, Rows):
             latents = latents.take(index).inputs["latents"]
         elif latents is not None:
             latents = latents[index]
-        batch = Batch(self.take(index), (size, *self.latent_shape), None if latents is None else latents.to(self.device))
+        batch = Batch(self.take(index), (len(index), *self.latent_shape), None if latents is None else latents.to(self.device))
         if self.pairs is not None:
             pairs = self.rows(self.pairs, index).to(self.device).inputs
             batch.noise, batch.target = pairs["noise"], pairs["target"]
@@ -97,8 +103,8 @@ class Source:
 
     def shuffled(self, epoch: int) -> Tensor:
         if epoch != self.epoch:
-            seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            self.epoch, self.order = epoch, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seeded(self.seed, epoch))
+            self.epoch, self.order = epoch, torch.randperm(len(self), generator=generator)
         return self.order
 
     def state(self) -> dict[str, Any]:
@@ -110,6 +116,66 @@ class Source:
         if state["size"] != len(self):
             raise UserError(f"the data has {len(self)} samples, but the run that is resumed had {state['size']}")
         self.position = int(state["position"])
+
+
+class Buckets(Source):
+    """Several sources, each of one resolution, as one endless stream; every joint batch is of one of them.
+
+    In every epoch each is shuffled and cut into batches, the last filled up from its own beginning; then the batches are
+    shuffled. Seed and position decide all of it.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seed: int = 0, rank: int = 0, processes: int = 1):
+        self.sources, self.seed, self.rank, self.processes = list(sources), seed, rank, processes
+        self.prompts = [prompt for source in self.sources for prompt in source.prompts]
+        self.latent_shape, self.device = self.sources[0].latent_shape, self.sources[0].device
+        self.position = 0  # counted in joint batches
+        self.planned: tuple[int, int] = (-1, 0)
+        self.plan: list[tuple[int, Tensor]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def batch(self, size: int) -> Batch:
+        """The next `size` samples of this process, all of one resolution, on its device."""
+        joint = size * self.processes
+        epoch, place = divmod(self.position, sum(-(-len(source) // joint) for source in self.sources))
+        if self.planned != (epoch, joint):
+            self.planned, self.plan = (epoch, joint), self.batches(epoch, joint)
+        self.position += 1
+        bucket, index = self.plan[place]
+        return self.sources[bucket].at(index[self.rank * size : (self.rank + 1) * size])
+
+    def batches(self, epoch: int, joint: int) -> list[tuple[int, Tensor]]:
+        """The joint batches of an epoch in order: from which source, and which of its samples."""
+        generator = torch.Generator().manual_seed(seeded(self.seed, epoch))
+        found = []
+        for number, source in enumerate(self.sources):
+            order = torch.randperm(len(source), generator=generator)
+            whole = order.repeat(-(-joint // len(order)) + 1)
+            found += [(number, whole[start : start + joint]) for start in range(0, len(order), joint)]
+        return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+    def take(self, index: Tensor) -> Condition:
+        raise TypeError("samples of different resolutions are no batch")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the number of joint batches drawn, and the sizes of the buckets that it is counted in."""
+        return {"position": self.position, "buckets": [len(source) for source in self.sources]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`. Raises UserError where the pictures are not those that were left."""
+        buckets = [len(source) for source in self.sources]
+        if state.get("buckets") != buckets:
+            raise UserError(
+                f"the data has buckets of {buckets} pictures, but the run that is resumed had {state.get('buckets', 'none')}"
+            )
+        self.position = int(state["position"])
+
+
+def seeded(seed: int, epoch: int) -> int:
+    """The seed of an epoch's order."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @torch.no_grad()
@@ -158,13 +224,17 @@ def load_source(
     else:
         paths, prompts = find_images(data.images)
         size = image_size(pipeline, device)
-        if cache is None:
-            latents = in_memory(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device))
-        else:
-            latents = encode_images(pipeline, paths, lambda some: load_images(some, size).to(device), cache, size=size, **share)
+        if data.buckets:
+            if "pairs" in needs:
+                raise UserError(
+                    "data.buckets = true does not go with a method that learns from teacher pairs, which are of one size"
+                )
+            placed: dict[str, Any] = {"seed": seed, "device": device, **share}
+            return load_buckets(pipeline, paths, prompts, bucket_sizes(*size), cache, **placed)
+        latents = encode_pictures(pipeline, paths, size, cache, device, share)
     if "pairs" in needs and not pictured:
         prompts = [prompts[i % len(prompts)] for i in range(data.pairs)]
-    condition = encode_prompts(pipeline, prompts, cache, **share)
+    condition = encode_prompts(pipeline, prompts) if cache is None else cache_prompts(pipeline, prompts, cache, **share)
     pairs = make_pairs(pipeline, condition, prompts, data, seed=seed, cache=cache, **share) if "pairs" in needs else None
     return Source(
         *(condition, pipeline.latent_shape, latents),
@@ -175,6 +245,48 @@ def load_source(
         rank=rank,
         processes=processes,
     )
+
+
+def load_buckets(
+    pipeline: Pipeline,
+    paths: Sequence[Path],
+    prompts: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    cache: str | None,
+    *,
+    seed: int,
+    device: torch.device | str,
+    rank: int,
+    processes: int,
+    say: Callable[[str], None] | None,
+) -> Buckets:
+    """Pictures and their captions, each encoded at the one of `sizes` (height, width) that is nearest to its aspect ratio."""
+    share: dict[str, Any] = {"rank": rank, "processes": processes, "say": say}
+    sources = []
+    for size, index in group_by_size(paths, sizes).items():
+        some = [prompts[i] for i in index]
+        latents = encode_pictures(pipeline, [paths[i] for i in index], size, cache, device, share)
+        if cache is None:
+            condition: Condition | Rows = encode_prompts(pipeline, some, size=size)
+        else:
+            condition = cache_prompts(pipeline, some, cache, size=size, **share)
+        first = latents.take(torch.tensor([0])).inputs["latents"] if isinstance(latents, Rows) else latents
+        sources.append(Source(condition, first.shape[1:], latents, prompts=some, device=device))
+    return Buckets(sources, seed=seed, rank=rank, processes=processes)
+
+
+def encode_pictures(
+    pipeline: Pipeline,
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    cache: str | None,
+    device: torch.device | str,
+    share: dict[str, Any],
+) -> Tensor | Rows:
+    """The latents of picture files cropped to `size`, in memory or in a cache."""
+    if cache is None:
+        return in_memory(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device))
+    return cache_images(pipeline, paths, lambda some: load_images(some, size).to(device), cache, size=size, **share)
 
 
 @torch.no_grad()

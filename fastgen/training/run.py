@@ -145,16 +145,24 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
     targets = None if config.lora.targets is None else tuple(config.lora.targets)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # The bars of loading a file are not the run's.
-    pipeline = load_pipeline(
-        str(TOY_TEACHER) if config.pipeline == TOY else config.pipeline,
-        roles=roles,
-        lora=LoraOptions(config.lora.rank, config.lora.alpha, targets),
-        teacher_loras=() if config.teacher_weights else config.teacher_loras,
-        dtype=torch.bfloat16 if frozen_base and config.train.precision == "bf16" else torch.float32,
-        device=device,
-        offline=offline,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-    )
+    try:
+        pipeline = load_pipeline(
+            str(TOY_TEACHER) if config.pipeline == TOY else config.pipeline,
+            roles=roles,
+            lora=LoraOptions(config.lora.rank, config.lora.alpha, targets),
+            teacher_loras=() if config.teacher_weights else config.teacher_loras,
+            dtype=torch.bfloat16 if frozen_base and config.train.precision == "bf16" else torch.float32,
+            device=device,
+            offline=offline,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            height=config.data.height,
+            width=config.data.width,
+        )
+    except ValueError as problem:  # What diffusers raises for a resolution that its pipeline cannot have.
+        if config.data.height is None and config.data.width is None:
+            raise
+        size = f"data.height = {config.data.height}, data.width = {config.data.width}"
+        raise UserError(f"{size} do not suit {config.pipeline}: {problem}") from problem
     if config.teacher_weights and pipeline.device.type != "meta":
         replace_network(pipeline.diffusers, config.teacher_weights)
         for file in config.teacher_loras:
