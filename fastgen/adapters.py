@@ -7,10 +7,10 @@ touched: peft's own `set_adapter` toggles it, which loses gradients when two rol
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -19,18 +19,39 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.errors import UserError
 
+Init = Literal["default", "gaussian"]
+"""How the first factor starts: uniformly as a linear layer's weights do, or normally. The second is zero at first."""
+
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """How roles are adapted. `alpha` None is the rank; `targets` None are the pipeline's default layers (suffixes of names)."""
+    """How roles are adapted. `alpha` None is the rank; `targets` None are the pipeline's default layers (suffixes of names).
+
+    `dora` learns the magnitude of every adapted weight's columns beside (Liu et al. 2024, equation 5). `ranks` are those of
+    single roles; such a role has the scale alpha / rank of the others.
+    """
 
     rank: int = 64
     alpha: float | None = None
     targets: tuple[str, ...] | None = None
+    init: Init = "default"
+    dora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"lora rank must be at least 1, not {self.rank}")
+        for role, rank in self.ranks.items():
+            if rank < 1:
+                raise UserError(f"lora rank of role {role!r} must be at least 1, not {rank}")
+        if self.init not in get_args(Init):
+            raise UserError(f"lora init must be one of {', '.join(get_args(Init))}, not {self.init!r}")
+
+    def for_role(self, role: str) -> LoraOptions:
+        """The options of one role; one without a rank of its own has the student's, whose weights it may have to take."""
+        rank = self.ranks.get(role, self.ranks.get("student", self.rank))
+        alpha = None if self.alpha is None else self.alpha * rank / self.rank
+        return replace(self, rank=rank, alpha=alpha, ranks={})
 
 
 class Adapter(nn.Module):
@@ -47,6 +68,8 @@ class Adapter(nn.Module):
                 place = place.get_submodule(part)
             place.add_module("lora_A", layer.lora_A[key])
             place.add_module("lora_B", layer.lora_B[key])
+            if options.dora:
+                place.add_module("lora_magnitude_vector", layer.lora_magnitude_vector[key])
 
     def activate(self) -> AbstractContextManager[None]:
         """Within, the base answers with this adapter on it."""
@@ -66,8 +89,11 @@ class AdapterHost:
         """A new adapter that changes nothing yet. Raises UserError when no layer's name ends in one of `targets`."""
         key = f"{role}_{self._adapters}".replace(".", "_")
         self._adapters += 1
+        options = options.for_role(role)
         alpha = options.rank if options.alpha is None else options.alpha
-        config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(targets))
+        init = True if options.init == "default" else options.init
+        shape: dict[str, Any] = {"r": options.rank, "lora_alpha": alpha, "use_dora": options.dora, "init_lora_weights": init}
+        config = LoraConfig(target_modules=list(targets), **shape)
         trained = {p for p in self.network.parameters() if p.requires_grad}
         try:
             with warnings.catch_warnings():

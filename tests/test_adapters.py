@@ -79,9 +79,11 @@ def test_a_role_owns_its_adapter_and_nothing_else() -> None:
     assert "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in student.own.state_dict()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dora"), [*((name, False) for name in MODELS), ("toy", True), ("sd3", True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_graph_through_two_roles_has_the_gradients_of_separate_networks(name: str, checkpointing: bool) -> None:
+def test_one_graph_through_two_roles_has_the_gradients_of_separate_networks(name: str, dora: bool, checkpointing: bool) -> None:
+    lora = LoraOptions(rank=3, alpha=6.0, dora=dora)
+
     def run(student: Denoiser, fake: Denoiser, pipeline: Pipeline) -> tuple[Tensor, Tensor]:
         xt, t, condition = question(pipeline)
         x0 = student(xt, t, condition).x0
@@ -93,9 +95,9 @@ def test_one_graph_through_two_roles_has_the_gradients_of_separate_networks(name
         (sum(terms) + (prediction.x0 - target).square().mean()).backward()
         return gradients(student), gradients(fake)
 
-    pipeline = wrap(name, gradient_checkpointing=checkpointing)
+    pipeline = wrap(name, lora=lora, gradient_checkpointing=checkpointing)
     student, fake = stir(pipeline.trainable("student"), 1), stir(pipeline.trainable("fake"), 2)
-    plain = wrap(name)
+    plain = wrap(name, lora=lora)
     alone = [copy.deepcopy(plain.trainable(role)) for role in ROLES]
     assert alone[0].network is not alone[1].network and alone[0].network is not plain.network
     for copied, original in zip(alone, (student, fake), strict=True):
@@ -173,8 +175,52 @@ def test_options() -> None:
         LoraOptions(rank=0)
     with pytest.raises(UserError, match="lora targets to_nowhere do not fit UNet2DConditionModel"):
         wrap(lora=LoraOptions(targets=("to_nowhere",))).trainable("student")
+    with pytest.raises(UserError, match="lora init must be one of default, gaussian, not 'pissa'"):
+        LoraOptions(init="pissa")  # type: ignore[arg-type]
     few = wrap(lora=LoraOptions(rank=2, targets=("to_q",))).trainable("student")
     assert all("to_q" in key for key in few.state_dict())
+
+
+def test_ranks_of_single_roles_keep_the_scale() -> None:
+    options = LoraOptions(rank=8, alpha=4.0, ranks={"fake": 2})
+    pipeline = wrap(lora=options)
+    student, fake = pipeline.trainable("student"), pipeline.trainable("fake")
+    assert {p.shape[0] for name, p in student.named_parameters() if "lora_A" in name} == {8}
+    assert {p.shape[0] for name, p in fake.named_parameters() if "lora_A" in name} == {2}
+    assert [role.own.options.alpha / role.own.options.rank for role in (student, fake)] == [0.5, 0.5]
+    assert LoraOptions(rank=8, ranks={"student": 4}).for_role("previous").rank == 4
+    with pytest.raises(UserError, match="lora rank of role 'fake' must be at least 1, not 0"):
+        LoraOptions(ranks={"fake": 0})
+
+
+def test_gaussian_first_factors_leave_the_base_as_it_is() -> None:
+    pipeline = wrap(lora=LoraOptions(rank=16, init="gaussian"))
+    student = pipeline.trainable("student")
+    first = torch.cat([p.flatten() for name, p in student.named_parameters() if "lora_A" in name])
+    assert float(first.std()) == pytest.approx(1 / 16, rel=0.05)
+    assert all(not p.any() for name, p in student.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", ["toy", "sd3"])
+def test_magnitudes_are_an_adapters_own(name: str) -> None:
+    pipeline = wrap(name, lora=LoraOptions(rank=3, dora=True))
+    teacher, student = pipeline.frozen(), pipeline.trainable("student")
+    xt, t, condition = question(pipeline)
+    assert relative(student(xt, t, condition).output, teacher(xt, t, condition).output) < 1e-5
+    keys = student.own.state_dict().keys()
+    layers = {key.rpartition(".lora_A")[0] for key in keys if ".lora_A." in key}
+    assert {key.rpartition(".lora_magnitude_vector")[0] for key in keys if ".lora_magnitude_vector." in key} == layers
+    before = {key: p.detach().clone() for key, p in student.named_parameters()}
+    with torch.no_grad():
+        for key, p in student.named_parameters():
+            if "magnitude" in key:
+                p.mul_(1.5)
+    assert relative(student(xt, t, condition).output, teacher(xt, t, condition).output) > 1e-2
+    student.load_state_dict(before)
+    student(xt, t, condition).x0.square().mean().backward()
+    assert all(p.grad is not None for key, p in student.named_parameters() if "lora_A" not in key)
+    own = set(student.parameters())
+    assert all(p.grad is None for p in pipeline.network.parameters() if p not in own)
 
 
 @pytest.fixture(scope="module")
