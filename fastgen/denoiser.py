@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastgen.errors import UserError
 from fastgen.process import Kind, Prediction, Process
 
 Nest = Any
@@ -29,12 +30,27 @@ def map_tensors(function: Callable[..., Any], nest: Nest, *others: Nest) -> Nest
     return nest
 
 
+def pad_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, zeros at the end of every dimension but the first until all have one size."""
+    sizes = {x.shape[1:] for x in tensors}
+    if len(sizes) == 1:
+        return list(tensors)
+    if len({x.ndim for x in tensors}) > 1:
+        raise ValueError(f"conditions of different structure cannot be joined: shapes {[tuple(x.shape) for x in tensors]}")
+    longest = [max(size) for size in zip(*sizes, strict=True)]
+    padding = [[n for size, to in zip(x.shape[:0:-1], longest[::-1], strict=True) for n in (0, to - size)] for x in tensors]
+    return [nn.functional.pad(x, wanted) if any(wanted) else x for x, wanted in zip(tensors, padding, strict=True)]
+
+
 @dataclass
 class Condition:
     """What samples are conditioned on; only the pipeline that made it knows the keys.
 
     `inputs` is a nest of tensors with the batch first; `shared` holds what does not depend on the sample (position ids, flags).
     `null` is the unconditional twin, of the same structure, or None where the pipeline has none.
+
+    Samples and twins may differ in length: where they are joined, the shorter are padded with zeros at the end. The pipeline
+    keeps each sample's length among the inputs and takes the padding off again before its network is called.
     """
 
     inputs: dict[str, Nest]
@@ -75,6 +91,7 @@ class Condition:
             raise ValueError("this pipeline has no unconditional twin, so its conditions cannot be dropped")
 
         def choose(yes: Tensor, no: Tensor) -> Tensor:
+            yes, no = pad_alike([yes, no])
             return torch.where(drop.view(-1, *[1] * (yes.ndim - 1)), no, yes)
 
         return Condition(map_tensors(choose, self.inputs, self.null.inputs), self.shared, self.null)
@@ -83,7 +100,7 @@ class Condition:
     def cat(conditions: Sequence[Condition]) -> Condition:
         """One batch from several of equal structure; `shared` is taken from the first."""
         first = conditions[0]
-        inputs = map_tensors(lambda *parts: torch.cat(parts), first.inputs, *(c.inputs for c in conditions[1:]))
+        inputs = map_tensors(lambda *parts: torch.cat(pad_alike(parts)), first.inputs, *(c.inputs for c in conditions[1:]))
         nulls = [c.null for c in conditions if c.null is not None]
         null = Condition.cat(nulls) if len(nulls) == len(conditions) else None
         return Condition(inputs, first.shared, null)
@@ -143,6 +160,17 @@ class Predicts(Protocol):
 Call = Callable[[nn.Module, Tensor, Tensor, Condition, Tensor | None], Tensor]
 """How a pipeline invokes its network: (network, x_t, t, condition, embedded guidance or None) -> output."""
 
+Guide = Callable[[Tensor, Tensor, "float | Tensor"], Tensor]
+"""How a pipeline guides: (conditional output, unconditional output, scale) -> output."""
+
+Groups = Callable[[Condition], list[Tensor]]
+"""Which samples of a batch may share a call of the network: their indices, group by group."""
+
+
+def guide(yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance in the diffusers convention, 1 = off."""
+    return no + scale * (yes - no)
+
 
 class Denoiser(nn.Module):
     """One network playing one role.
@@ -162,12 +190,15 @@ class Denoiser(nn.Module):
         own: nn.Module | None = None,
         activate: Callable[[], AbstractContextManager[Any]] = nullcontext,
         embeds_guidance: bool = False,
+        guide: Guide = guide,
+        groups: Groups | None = None,
     ):
+        """`guide` is how `Guided` combines two of its outputs; `groups` splits a batch that the network cannot take at once."""
         super().__init__()
         self.own = network if own is None else own
         object.__setattr__(self, "network", network)  # Not registered: a shared base belongs to nobody.
         self.call, self.process, self.kind, self.activate = call, process, kind, activate
-        self.embeds_guidance = embeds_guidance
+        self.embeds_guidance, self.guide, self.groups = embeds_guidance, guide, groups
 
     network: nn.Module
 
@@ -179,6 +210,9 @@ class Denoiser(nn.Module):
         `guidance` [B] is the scale fed to a network that embeds it (diffusers convention, 1 = off). `features` names submodules
         of the network whose outputs are returned with the prediction.
         """
+        groups = self.groups(condition) if self.groups else []
+        if len(groups) > 1:
+            return self._in_groups(groups, xt, t, condition, guidance, features)
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -196,12 +230,29 @@ class Denoiser(nn.Module):
                 handle.remove()
         return Prediction(output, self.kind, xt, t, self.process, seen or None)
 
+    def _in_groups(
+        self,
+        groups: list[Tensor],
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance: Tensor | None,
+        features: Sequence[str],
+    ) -> Prediction:
+        t = t.expand(len(xt)) if t.ndim <= 1 else t
+        told = [None if guidance is None else guidance[i] for i in groups]
+        parts = [self(xt[i], t[i], condition[i], guidance=g, features=features) for i, g in zip(groups, told, strict=True)]
+        back = torch.cat(groups).argsort()
+        seen = {name: torch.cat(pad_alike([(part.features or {})[name] for part in parts]))[back] for name in features}
+        return Prediction(torch.cat([part.output for part in parts])[back], self.kind, xt, t, self.process, seen or None)
+
 
 class Guided:
     """Classifier-free guidance (Ho and Salimans 2022), usable wherever the bare denoiser is.
 
     `scale` is in the diffusers convention, u + scale (c - u), 1 = off; a number or one per sample [B]. A network that embeds
-    its guidance is told the scale instead, in a single call.
+    its guidance is told the scale instead, in a single call. A denoiser whose pipeline does more, such as keeping the norm of
+    the conditional output, says so in its `guide`.
     """
 
     def __init__(self, denoiser: Predicts, scale: float | Tensor):
@@ -223,8 +274,10 @@ class Guided:
         if self.denoiser.embeds_guidance:
             told = torch.as_tensor(scale, device=xt.device, dtype=torch.float32).expand(len(xt))
             return self.denoiser(xt, t, condition, guidance=told, features=features)
-        if condition.null is None or (not isinstance(scale, Tensor) and scale == 1):
+        if not isinstance(scale, Tensor) and scale == 1:
             return self.denoiser(xt, t, condition, features=features)
+        if condition.null is None:
+            raise UserError(f"guidance {scale} needs an unconditional twin, which this condition lacks; use a scale of 1")
         if isinstance(scale, Tensor):
             scale = scale.view(-1, *[1] * (xt.ndim - 1)).to(xt)
         t = t.expand(len(xt)) if t.ndim <= 1 else t
@@ -232,7 +285,8 @@ class Guided:
         double = self.denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both, features=features)
         yes, no = double.output.chunk(2)
         seen = {name: x.chunk(2)[0] for name, x in double.features.items()} if double.features else None
-        return Prediction(no + scale * (yes - no), double.kind, xt, t, double.process, seen)
+        combine: Guide = getattr(self.denoiser, "guide", guide)
+        return Prediction(combine(yes, no, scale), double.kind, xt, t, double.process, seen)
 
 
 class Retimed:

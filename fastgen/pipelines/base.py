@@ -16,9 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
-from fastgen.denoiser import Condition, Denoiser, map_tensors
+from fastgen.denoiser import Condition, Denoiser, Groups, guide, map_tensors
 from fastgen.errors import UserError
-from fastgen.pipelines.recording import CallForm, learn_form, merge, read_scheduler, record_condition
+from fastgen.pipelines.guidance import renormalised_guide
+from fastgen.pipelines.recording import (
+    CallForm,
+    guidance_argument,
+    learn_form,
+    merge,
+    read_scheduler,
+    record_condition,
+    stacked,
+)
 from fastgen.pipelines.stable_diffusion import embed_guidance, with_guidance_embedding
 from fastgen.process import Kind, Process
 
@@ -92,7 +101,7 @@ class Pipeline:
             if mode not in ("full", "lora"):
                 raise UserError(f'role {role!r} must be "full" or "lora", not {mode!r}')
         names = {base.__name__ for base in type(diffusers).__mro__}
-        family = next((sub for sub in Pipeline.__subclasses__() if names & set(sub.handles)), Pipeline)
+        family = next((sub for sub in families(Pipeline) if names & set(sub.handles)), Pipeline)
         return family(diffusers, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
@@ -141,18 +150,19 @@ class Pipeline:
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, *latent_shape] of `images` [B, 3, H, W] in [-1, 1], float32: the posterior's mean, scaled and shifted."""
         vae = self.diffusers.vae
-        answer = vae.encode(images.to(vae.dtype))
+        images = images.to(vae.dtype)
+        answer = vae.encode(images.unsqueeze(2) if encodes_frames(vae) else images)
         raw = answer.latent_dist.mode() if hasattr(answer, "latent_dist") else answer.latents
         mean, scale = self._latent_statistics(raw)
         return self.pack((raw.float() - mean) * scale)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of `latents`, about [-1, 1], float32; differentiable."""
+        """Images [B, 3, H, W] of `latents`, about [-1, 1], float32; differentiable. Videos are [B, 3, frames, H, W]."""
         vae = self.diffusers.vae
         raw = self.unpack(latents)
         mean, scale = self._latent_statistics(raw)
         image: Tensor = vae.decode((raw / scale + mean).to(vae.dtype), return_dict=False)[0]
-        return image.float()
+        return (image.squeeze(2) if image.ndim == 5 else image).float()
 
     def pack(self, latents: Tensor) -> Tensor:
         """From the autoencoder's layout to the network's; the same, but in families that pack."""
@@ -171,6 +181,7 @@ class Pipeline:
             own=own,
             activate=self._bare,
             embeds_guidance=self.embeds_guidance,
+            **self._manners(),
         ).eval()
 
     def trainable(self, role: str, *, guidance_embedding: bool = False) -> Denoiser:
@@ -194,7 +205,7 @@ class Pipeline:
             checkpoint_blocks(network)
         network.requires_grad_(True).train()
         embeds = self.embeds_guidance or guidance_embedding
-        return Denoiser(network, self.call, self.process, self.kind, embeds_guidance=embeds)
+        return Denoiser(network, self.call, self.process, self.kind, embeds_guidance=embeds, **self._manners())
 
     def mode(self, role: str) -> Mode:
         """How a role is trained; one that is not named in `roles` goes as the student does, so that it can copy its weights."""
@@ -211,7 +222,17 @@ class Pipeline:
             own=adapter,
             activate=adapter.activate,
             embeds_guidance=self.embeds_guidance,
+            **self._manners(),
         )
+
+    def guide(self, yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor:
+        """Combine a conditional and an unconditional output as the pipeline does; `scale` as in `fastgen.denoiser.Guided`."""
+        return renormalised_guide(yes, no, scale) if self.form.renormalises else guide(yes, no, scale)
+
+    def _manners(self) -> dict[str, Any]:
+        """What a denoiser in any role does as the pipeline does it."""
+        groups: Groups | None = self.form.lengths.groups if self.form.lengths.variable and not self.form.lengths.masks else None
+        return {"guide": self.guide, "groups": groups}
 
     def _bare(self) -> AbstractContextManager[Any]:
         return self._host.selected(None) if self._host else nullcontext()
@@ -224,18 +245,27 @@ class Pipeline:
         dtype = base_dtype(network)
         inputs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, condition.inputs)
         arguments = merge(inputs, condition.shared)
+        self.form.lengths.hand_over(arguments, len(xt))
         if guidance is None:
             guidance = xt.new_full((len(xt),), self.default_guidance, dtype=torch.float32)
         if self.form.takes_guidance:
-            arguments["guidance"] = guidance.float()
+            arguments["guidance"] = guidance.float() * self.form.guidance_factor
         width = getattr(network.config, "time_cond_proj_dim", None)
         if width is not None:
             arguments["timestep_cond"] = embed_guidance(guidance, width).to(dtype)
-        arguments[self.form.sample_name] = xt.to(dtype)
-        timestep = self.process.timestep(t).float() * self.form.time_scale
+        arguments[self.form.sample_name] = list(xt.to(dtype).unsqueeze(2)) if self.form.sample_lists else xt.to(dtype)
+        timestep = self.network_time(t)
         arguments[self.form.time_name] = timestep.reshape(-1).expand(len(xt))
-        output: Tensor = network(**arguments, return_dict=False)[0]
-        return output.chunk(2, 1)[0] if self.form.learns_variance else output
+        output = stacked(network(**arguments, return_dict=False)[0])
+        output = output.chunk(2, 1)[0] if self.form.learns_variance else output
+        return output if self.form.sign == 1 else -output
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """What the network is told at times `t`."""
+        timestep = self.process.timestep(t).float()
+        if self.form.time_reversed:
+            timestep = self.diffusers.scheduler.config.num_train_timesteps - timestep
+        return timestep * self.form.time_scale
 
     def _latent_statistics(self, raw: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The shift and scale with which latents = (raw - shift) * scale; `raw` is the autoencoder's [B, C, H, W]."""
@@ -251,7 +281,9 @@ class Pipeline:
     def _default_guidance(self) -> float:
         if self.form.guides == "single" and not self.embeds_guidance:
             return 1.0
-        parameter = inspect.signature(type(self.diffusers).__call__).parameters.get("guidance_scale")
+        if not self.embeds_guidance and (guider := getattr(self.diffusers, "guider", None)) is not None:
+            return float(guider.guidance_scale) + self.form.guidance_offset
+        parameter = inspect.signature(type(self.diffusers).__call__).parameters.get(guidance_argument(self.diffusers))
         default = parameter.default if parameter is not None else None
         return float(default) + self.form.guidance_offset if isinstance(default, (int, float)) else 1.0
 
@@ -264,6 +296,11 @@ class Pipeline:
             vae.float()
 
 
+def families(base: type[Pipeline]) -> list[type[Pipeline]]:
+    """Every family's subclass, those of a family that builds on another first."""
+    return [family for sub in base.__subclasses__() for family in (*families(sub), sub)]
+
+
 def network_name(diffusers: Any) -> str:
     """Which component denoises, "unet" or "transformer". Raises UserError where there is neither, or no autoencoder."""
     present = [name for name in ("unet", "transformer") if isinstance(getattr(diffusers, name, None), nn.Module)]
@@ -272,6 +309,11 @@ def network_name(diffusers: Any) -> str:
     if getattr(diffusers, "vae", None) is None or getattr(diffusers, "scheduler", None) is None:
         raise UserError(f"{type(diffusers).__name__} lacks a vae or a scheduler; only latent diffusion can be distilled")
     return present[0]
+
+
+def encodes_frames(vae: nn.Module) -> bool:
+    """Whether an autoencoder is one for videos, to which an image is a single frame."""
+    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def checkpoint_blocks(network: Any, function: Callable[..., Any] | None = None) -> None:

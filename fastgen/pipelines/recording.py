@@ -10,29 +10,28 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastgen.denoiser import Condition, Nest
+from fastgen.denoiser import Condition, Nest, map_tensors
 from fastgen.errors import UserError
+from fastgen.pipelines.guidance import PROBE_GUIDANCE, Guides, read_guidance
+from fastgen.pipelines.lengths import Lengths, is_list, is_repeated, learn_lengths
 from fastgen.process import VP, Flow, Kind, Process
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
-PROBE_GUIDANCE = 3.0
 PROBE_LATENTS = 16
+PROBE_PROMPT = "a far longer prompt " * 8
 TIME_SCALES = (1.0, 1e-3)
 
 # Arguments that the wrapped network gets anew at every call, so they are no part of a condition.
 FRESH = ("return_dict", "guidance", "timestep_cond")
-
-Guides = Literal["batched", "paired", "single"]
-"""One call with [null, condition] stacked, two calls, or one call without an unconditional part."""
 
 
 class _FirstStep(Exception):
@@ -44,7 +43,7 @@ class Recording:
     """What happened before the first scheduler step."""
 
     calls: list[dict[str, Any]]
-    outputs: list[Tensor]
+    outputs: list[Any]
     handed: Tensor
     sample: Tensor
     timestep: Tensor
@@ -54,9 +53,13 @@ class Recording:
 class CallForm:
     """How a pipeline calls its network.
 
-    `time_scale` times a scheduler's timestep is what the network gets. `null_first` is the order of the two halves, or of the
-    two calls. `guidance_offset` plus the pipeline's scale is the scale in the convention u + g (c - u). `sizes` mirrors the
-    arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none.
+    `time_scale` times a scheduler's timestep is what the network gets, or with `time_reversed` times what is left of the
+    schedule. `null_first` is the order of the two halves, or of the two calls. `guidance_offset` plus the pipeline's scale is
+    the scale in the convention u + g (c - u); `renormalises`: the result then gets the conditional output's norm along the last
+    dimension. `guidance_factor` times an embedded scale is what the network gets. `sign` times an output is what the scheduler
+    gets. `sizes` mirrors the arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where
+    it has none. `lengths` tells of arguments whose length depends on the prompt. `sample_lists`: the noisy latents go in, and
+    come out, as a list of one tensor a sample, with a frame axis.
     """
 
     sample_name: str
@@ -70,6 +73,12 @@ class CallForm:
     learns_variance: bool
     sizes: dict[str, Nest]
     latent_shape: tuple[int, ...]
+    time_reversed: bool = False
+    guidance_factor: int = 1
+    sign: int = 1
+    renormalises: bool = False
+    sample_lists: bool = False
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 def read_scheduler(scheduler: Any) -> tuple[Process, Kind]:
@@ -96,10 +105,14 @@ def record(
     height: int | None,
     width: int | None,
     pretend: Callable[[Tensor], Tensor] | None = None,
+    after: int = 0,
 ) -> Recording:
-    """Run `pipeline` with guidance on up to its first scheduler step. With `pretend`, that answers in the network's place."""
+    """Run `pipeline` with guidance on up to its first scheduler step, or the one after so many.
+
+    With `pretend`, that answers in the network's place.
+    """
     calls: list[dict[str, Any]] = []
-    outputs: list[Tensor] = []
+    outputs: list[Any] = []
     reached: dict[str, Any] = {}
     forward, step = network.forward, pipeline.scheduler.step
     signature = inspect.signature(forward)
@@ -108,16 +121,32 @@ def record(
         arguments = signature.bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         calls.append(arguments)
-        answer = pretend(next(iter(arguments.values()))) if pretend else forward(*args, **(kwargs | {"return_dict": False}))[0]
+        answer = (
+            map_tensors(pretend, next(iter(arguments.values())))
+            if pretend
+            else forward(*args, **(kwargs | {"return_dict": False}))[0]
+        )
         outputs.append(answer)
         return Transformer2DModelOutput(sample=answer)
 
     @functools.wraps(step)
-    def watched_step(*args: Any, **kwargs: Any) -> None:
+    def watched_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal after
+        if after:
+            after -= 1
+            calls.clear()
+            outputs.clear()
+            return step(*args, **kwargs)
         reached.update(inspect.signature(step).bind(*args, **kwargs).arguments)
         raise _FirstStep
 
-    with _replaced(network, "forward", watched_forward), _replaced(pipeline.scheduler, "step", watched_step), _quiet(pipeline):
+    guiders = [guider for name in ("guider", "ocr_guider") if (guider := getattr(pipeline, name, None)) is not None]
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(network, "forward", watched_forward))
+        stack.enter_context(_replaced(pipeline.scheduler, "step", watched_step))
+        for guider in guiders:
+            stack.enter_context(_replaced(guider, "guidance_scale", PROBE_GUIDANCE))
+        stack.enter_context(_quiet(pipeline))
         try:
             pipeline(**_call_arguments(pipeline, prompts, height, width))
         except _FirstStep:
@@ -136,13 +165,23 @@ def _call_arguments(pipeline: Any, prompts: Sequence[str], height: int | None, w
         "width": width,
         "num_inference_steps": 2,
         "guidance_scale": PROBE_GUIDANCE,
+        "distilled_guidance_scale": PROBE_GUIDANCE,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "latent",
     }
     known = inspect.signature(type(pipeline).__call__).parameters
+    if guidance_argument(pipeline) == "true_cfg_scale":
+        wanted |= {"true_cfg_scale": PROBE_GUIDANCE, "negative_prompt": [""] * len(prompts), "guidance_scale": None}
     if "prompt" not in known:
         raise UserError(f"{type(pipeline).__name__} takes no prompt; only text-conditioned pipelines can be distilled")
     return {key: value for key, value in wanted.items() if key in known and value is not None}
+
+
+def guidance_argument(pipeline: Any) -> str:
+    """By which argument the pipeline guides unless it is told otherwise."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("true_cfg_scale")
+    usual = parameter is not None and isinstance(parameter.default, (int, float)) and parameter.default > 1
+    return "true_cfg_scale" if usual else "guidance_scale"
 
 
 @contextmanager
@@ -174,31 +213,59 @@ def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int
     full = record(pipeline, network, ["a", "b c", "d"], height=height, width=width, pretend=pretend)
     small = [min(x, y) for x, y in zip(_pixels(pipeline, full.sample, height, width), _small(pipeline), strict=True)]
     real = record(pipeline, network, ["a", "b c"], height=small[0], width=small[1])
+    long = record(pipeline, network, [PROBE_PROMPT], height=height, width=width, pretend=pretend)
     first, name = real.calls[0], type(pipeline).__name__
     names = list(inspect.signature(network.forward).parameters)
     sample, time = names[0], "timestep" if "timestep" in names else names[1]
-    if first[sample].shape[1:] != real.sample.shape[1:]:
+    noisy = stacked(first[sample])
+    if noisy.shape[1:] != real.sample.shape[1:]:
         raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
-    ratio = float(torch.as_tensor(first[time]).flatten()[0]) / float(real.timestep)
-    scale = next((scale for scale in TIME_SCALES if abs(ratio / scale - 1) < 1e-2), None)
-    if scale is None:
-        raise UserError(f"{name} scales the time for its network by {ratio:.4g}, which fastgen does not know")
-    guides, null_first, offset = _read_guidance(real, first[sample], name)
+    second = record(pipeline, network, ["a"], height=height, width=width, pretend=pretend, after=1)
+    scale, time_reversed = _read_time(pipeline, second.calls[0][time], second.timestep)  # The first may be at 0 either way.
+    flows = isinstance(read_scheduler(pipeline.scheduler)[0], Flow)  # A flow may point either way, an epsilon may not.
+    outputs = [_without_variance(stacked(x), noisy) for x in real.outputs]
+    guidance = read_guidance(outputs, _without_variance(real.handed, noisy), name, signs=(1, -1) if flows else (1,))
     fixed = (sample, time, *FRESH)
+    lists = [key for key in first if key not in fixed and is_list(first[key], full.calls[0][key])]
+    alike = [key for key in first if key not in lists and is_repeated(first[key], full.calls[0][key])]
+    sizes = {key: _sizes(first[key], full.calls[0][key], key) for key in first if key not in (*fixed, *lists, *alike)}
+    if first.get("timestep_r") is not None:
+        raise UserError(f"{name} is distilled already: its network is told where a step ends as well as where it begins")
     takes_guidance, told = first.get("guidance") is not None, first.get("timestep_cond") is not None
     return CallForm(
         sample_name=sample,
         time_name=time,
         time_scale=scale,
-        guides=guides,
-        null_first=null_first,
-        guidance_offset=offset,
+        **guidance,
         takes_guidance=takes_guidance,
         embeds_guidance=takes_guidance or told,
-        learns_variance=real.outputs[0].shape[1] == 2 * first[sample].shape[1],
-        sizes={key: _sizes(first[key], full.calls[0][key], key) for key in first if key not in fixed},
+        learns_variance=stacked(real.outputs[0]).shape[1] == 2 * noisy.shape[1],
+        sizes=sizes,
         latent_shape=tuple(full.sample.shape[1:]),
+        time_reversed=time_reversed,
+        guidance_factor=round(float(first["guidance"].flatten()[0]) / PROBE_GUIDANCE) if takes_guidance else 1,
+        sample_lists=isinstance(first[sample], (list, tuple)),
+        lengths=learn_lengths(full.calls[0], long.calls[0], lists, alike, sizes),
     )
+
+
+def stacked(samples: Any) -> Tensor:
+    """A network's latents as one tensor, also where it takes or gives a list of one a sample, with a frame axis."""
+    return torch.stack(list(samples)).squeeze(2) if isinstance(samples, (list, tuple)) else samples
+
+
+def _read_time(pipeline: Any, given: Any, timestep: Tensor) -> tuple[float, bool]:
+    """How the network's time follows from the scheduler's: by which scale, and whether it runs the other way."""
+    time, own = float(torch.as_tensor(given).flatten()[0]), float(timestep)
+    left = pipeline.scheduler.config.get("num_train_timesteps", 1000) - own
+    for scale in TIME_SCALES:
+        if abs(time - own * scale) <= 1e-2 * own * scale:
+            return scale, False
+    for scale in TIME_SCALES:
+        if abs(time - left * scale) <= 1e-2 * max(left, 1) * scale:
+            return scale, True
+    name = type(pipeline).__name__
+    raise UserError(f"{name} tells its network the time {time:.4g} at timestep {own:.4g}, in a way fastgen does not know")
 
 
 def _pixels(pipeline: Any, sample: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
@@ -214,39 +281,8 @@ def _small(pipeline: Any) -> tuple[int, int]:
     return PROBE_LATENTS * pipeline.vae_scale_factor, PROBE_LATENTS * pipeline.vae_scale_factor
 
 
-def _read_guidance(real: Recording, sample: Tensor, name: str) -> tuple[Guides, bool, float]:
-    """Which outputs were combined and how: the form, whether the unconditional one comes first, and the scale's offset."""
-    outputs, handed = [_without_variance(x, sample) for x in real.outputs], _without_variance(real.handed, sample)
-    if len(outputs) == 1 and len(outputs[0]) == len(real.sample):
-        if _distance(handed, outputs[0]) > 0.02:
-            raise UserError(f"{name} changes its network's output before the scheduler sees it, in a way fastgen does not know")
-        return "single", True, 0.0
-    guides: Guides = "batched" if len(outputs) == 1 else "paired"
-    if len(outputs) > 2:
-        raise UserError(f"{name} calls its network {len(outputs)} times a step; fastgen knows one call and two")
-    a, b = outputs[0].chunk(2) if guides == "batched" else outputs
-    change = (b - a).float()
-    if float(change.abs().max()) == 0:  # A network that ignores its condition tells nothing about the order.
-        return guides, guides == "batched", 0.0
-    weight = float(((handed.float() - a.float()) * change).sum() / change.square().sum())
-    fits = {
-        PROBE_GUIDANCE: (True, 0.0),
-        PROBE_GUIDANCE + 1: (True, 1.0),
-        1 - PROBE_GUIDANCE: (False, 0.0),
-        -PROBE_GUIDANCE: (False, 1.0),
-    }
-    nearest = min(fits, key=lambda w: abs(w - weight))
-    if abs(nearest - weight) > 0.2 or _distance(handed, a + nearest * change) > 0.02:
-        raise UserError(f"{name} combines its guided outputs in an unknown way (a weight of {weight:.3g} at scale 3)")
-    return guides, *fits[nearest]
-
-
 def _without_variance(output: Tensor, sample: Tensor) -> Tensor:
     return output.chunk(2, 1)[0] if output.shape[1] == 2 * sample.shape[1] else output
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).float().norm() / b.float().norm().clamp_min(1e-12))
 
 
 def _sizes(two: Nest, three: Nest, name: str) -> Nest:
@@ -285,8 +321,9 @@ def _condition(call: dict[str, Any], form: CallForm, half: int | None, null: Con
         mine, others = _split(call.get(key), sizes, half)
         if mine is not _NOTHING:
             inputs[key] = mine
-        if others is not _NOTHING:
+        if others is not _NOTHING and key not in form.lengths.masks:
             shared[key] = others
+    form.lengths.take(call, inputs, shared, half)
     return Condition(inputs, shared, null)
 
 
