@@ -275,9 +275,9 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(small: Any, tmp_path
         export(*small, FewStep((1.0,)), output, format="diffusers-lora")
     with pytest.raises(UserError, match="'gguf' is not known; it must be one of diffusers, diffusers-lora"):
         export(*small, FewStep((1.0,)), output, format="gguf")
-    flow = Pipeline.wrap(tiny.sd3())
+    flow = Pipeline.wrap(tiny.sd3(), roles={"student": "lora"})
     with pytest.raises(UserError, match="no stock diffusers scheduler"):
-        export(flow, trained(flow), FewStep((1.0, 0.5), gamma=0.3), output)
+        export(flow, trained(flow), FewStep((1.0, 0.5), gamma=0.3), output, format="diffusers-lora")
     with pytest.raises(UserError, match=r"is not an export: it has no readable fastgen\.json"):
         read_export(output)
     output.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ SEED = 11
 STOCK = """
 import sys
 sys.modules["fastgen"] = None
-import inspect, json, torch, diffusers
+import inspect, json, re, torch, diffusers
 from diffusers.loaders import lora_conversion_utils, lora_pipeline, single_file_model, single_file_utils
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -55,7 +56,19 @@ for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
     folder = Path(case["folder"])
     told = json.loads((folder / "fastgen.json").read_text())
     stock, local = getattr(diffusers, told["pipeline"]), {"config": case["base"], "local_files_only": True}
-    if told["format"] in ("diffusers", "fused"):
+    if "custom_pipeline" in told:
+        refused = False
+        try:
+            diffusers.DiffusionPipeline.from_pretrained(folder)
+        except ValueError as problem:
+            refused = "trust_remote_code" in str(problem)
+        assert refused
+        code = re.search("```python\\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+        scope = {}
+        exec(code.partition("image =")[0], scope)
+        pipeline = scope["pipeline"].to("cpu")
+        assert type(pipeline).__name__ == told["custom_pipeline"]["class"] and isinstance(pipeline, stock)
+    elif told["format"] in ("diffusers", "fused"):
         pipeline = stock.from_pretrained(folder)
     elif told["format"] != "single-file":
         pipeline = stock.from_pretrained(case["base"])
@@ -105,6 +118,7 @@ class Case:
     guidance: float = 1.0
     size: int | None = None
     rank: int = 4
+    steps: int = 2
 
 
 CASES = {
@@ -119,6 +133,8 @@ CASES = {
     "single_sd3": Case(tiny.sd3, "single-file", shift=3.0),
     "single_flux": Case(tiny.flux, "single-file", mode="full", guidance=3.5, size=64),
     "single_chroma": Case(tiny.chroma, "single-file", size=64),
+    "custom_sd3": Case(tiny.sd3, "fused", gamma=0.3, shift=3.0, steps=3),
+    "custom_flux": Case(tiny.flux, "diffusers", mode="full", gamma=0.7, size=64, steps=3),
     "fused_toy": Case(tiny.toy, "fused", gamma=1.0),
 }
 
@@ -148,7 +164,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         base = root / f"base-{name}"
         pipeline.diffusers.save_pretrained(base)
         student = trained(pipeline)
-        sampler = FewStep(even_times(2, pipeline.process, case.shift), case.gamma, case.guidance)
+        sampler = FewStep(even_times(case.steps, pipeline.process, case.shift), case.gamma, case.guidance)
         folder = export(
             pipeline, student, sampler, root / name, format=case.format, record={"base": str(base), "method": "lcm"}
         )
@@ -163,7 +179,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         where = {"folder": str(folder), "base": str(base), "noise": str(root / f"{name}.safetensors")}
         cases.append(where | {"prompt": PROMPT, "name": name, "seed": SEED})
     (root / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, "-c", STOCK, str(root)], cwd=root, capture_output=True, text=True, timeout=500)
+    environment = {**os.environ, "HF_HOME": str(root / "hub"), "HF_MODULES_CACHE": str(root / "modules")}
+    command = [sys.executable, "-c", STOCK, str(root)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return root, ours, load_file(root / "latents.safetensors")
 
@@ -283,6 +301,17 @@ def test_a_lora_says_what_it_is_and_how_it_is_sampled(exported: Any) -> None:
     assert "FluxGuidance 3.5" in card and "both shifts 1.099" in card
     assert "sampler `lcm`, scheduler `simple`, steps 2, cfg 1 " in (root / "kohya_sdxl" / "README.md").read_text()
     assert "the LoRA merged into the weights" in (root / "fused_toy" / "README.md").read_text()
+
+
+def test_a_pipeline_file_comes_where_no_stock_scheduler_does(exported: Any) -> None:
+    root, _, _ = exported
+    card = (root / "custom_sd3" / "README.md").read_text()
+    assert "No stock scheduler of diffusers samples with gamma 0.3, so `pipeline.py`" in card
+    source = (root / "custom_flux" / "pipeline.py").read_text()
+    assert "GAMMA = 0.7" in source and "fastgen" not in source
+    index = json.loads((root / "custom_flux" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "GammaFluxPipeline"]
+    assert not (root / "fused_toy" / "pipeline.py").exists()
 
 
 def test_what_has_no_such_format_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastgen.adapters import Adapter, without_adapters
 from fastgen.denoiser import Denoiser
+from fastgen.export.custom_pipeline import FILE, custom_name, stock_or_custom, write_pipeline_file
 from fastgen.export.directory import describe, metadata, new_directory, write_description
 from fastgen.export.lora import require_adapter
 from fastgen.export.model_card import write_card
@@ -31,14 +32,19 @@ def export_folder(
     format: str = "diffusers",
 ) -> Path:
     """Write a folder that `DiffusionPipeline.from_pretrained` loads; see `fastgen.export.export`."""
-    spec, scheduler, call = stock_scheduler(pipeline, student, sampler)
+    stock, gamma = stock_or_custom(student, sampler)
+    spec, scheduler, call = stock_scheduler(pipeline, student, stock)
     whole = copy.copy(pipeline.diffusers)
     whole.register_modules(**{pipeline.network_name: merged(student), "scheduler": scheduler})
     description = describe(pipeline, student, sampler, format, spec=spec, call=call, record=record)
+    if gamma is not None:
+        description["custom_pipeline"] = {"file": FILE, "class": custom_name(pipeline)}
     with new_directory(output) as folder:
         whole.save_pretrained(folder, safe_serialization=True)
         for file in (folder / pipeline.network_name).glob("*.safetensors"):
             _label(file, metadata(description))
+        if gamma is not None:
+            write_pipeline_file(pipeline, gamma, folder)
         write_description(folder, description)
         write_card(pipeline, description, folder, output)
     return output

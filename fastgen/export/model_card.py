@@ -41,6 +41,7 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
     title = f"A LoRA for {base or description['pipeline']}" if lora else f"A {description['pipeline']}"
     weights = "float32" if str(base_dtype(pipeline.network)) == "torch.float32" else "half precision"
     shift = "" if sampler["shift"] in (None, 1.0) else f" (even times shifted by {sampler['shift']:g})"
+    custom = ", changed by `pipeline.py`" if "custom_pipeline" in description else ""
     facts = {
         "Method": record.get("method"),
         "Format": f"`{format}`{', the LoRA merged into the weights of its base' if format == 'fused' else ''}",
@@ -51,7 +52,7 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
         "Weights": f"{weights}{', averaged over training' if record.get('averaged') else ''}",
         "Sampler": f"{steps} steps at times {_numbers(sampler.get('times', ()))}{shift}, gamma {sampler.get('gamma', 0):g}",
         "Timesteps": _numbers(sampler["timesteps"]),
-        "Scheduler": f"`{description['scheduler']['class']}` (in `scheduler/`)",
+        "Scheduler": f"`{description['scheduler']['class']}` (in `scheduler/`{custom})",
         "Call": f"`{_arguments(description['call'])}`",
         "Made with": f"fastgen {description['fastgen']}, diffusers {description['diffusers']}",
     }
@@ -107,7 +108,10 @@ def _loading(pipeline: Pipeline, description: Mapping[str, Any], folder: str, dt
     """The names to import from diffusers and the lines that make `pipeline`."""
     name, format, record = description["pipeline"], description["format"], description["record"]
     if format in ("diffusers", "fused"):
-        return {name}, [f"pipeline = {name}.from_pretrained({folder}, dtype={dtype})"]
+        if "custom_pipeline" not in description:
+            return {name}, [f"pipeline = {name}.from_pretrained({folder}, dtype={dtype})"]
+        arguments = f"{folder}, custom_pipeline={folder}, trust_remote_code=True, dtype={dtype}"
+        return {"DiffusionPipeline"}, [f"pipeline = DiffusionPipeline.from_pretrained({arguments})"]
     base = json.dumps(record.get("base") or "the base model")
     scheduler = description["scheduler"]["class"]
     names, place = {scheduler, name}, f'pipeline.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")'
@@ -142,6 +146,12 @@ def _single_file(description: Mapping[str, Any], base: str, folder: str, dtype: 
 
 def _advice(description: Mapping[str, Any]) -> str:
     call, sampler, notes = description["call"], description["sampler"], []
+    if "custom_pipeline" in description:
+        file, gamma = description["custom_pipeline"]["file"], sampler["gamma"]
+        notes.append(
+            f"No stock scheduler of diffusers samples with gamma {gamma:g}, so `{file}` beside this card does it; it needs "
+            "diffusers alone, and `trust_remote_code=True` lets diffusers run it."
+        )
     explicit = next((key for key in ("timesteps", "sigmas") if key in call), None)
     if explicit:
         notes.append(f"Pass `{explicit}` as above: the student is sampled at just these; `num_inference_steps` gives others.")
