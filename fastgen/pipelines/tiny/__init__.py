@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from fastgen.pipelines.tiny import classic_transformers, prompted_transformers, unets
+from fastgen.pipelines.tiny import (
+    classic_transformers,
+    language_transformers,
+    prompted_transformers,
+    transformers,
+    unets,
+    videos,
+)
 from fastgen.pipelines.tiny.classes import text_to_image, text_to_video
 from fastgen.pipelines.tiny.encoders import PROMPTS
 
@@ -21,7 +28,8 @@ __all__ = ["PROMPTS", "builders", "text_to_image", "text_to_video"]
 
 def builders() -> dict[str, Callable[[], Any]]:
     """For each class name that there is a tiny model of, the function that builds one."""
-    known = {**unets.BUILDERS, **classic_transformers.BUILDERS, **prompted_transformers.BUILDERS}
+    modules = (unets, classic_transformers, prompted_transformers, language_transformers, transformers, videos)
+    known: dict[str, Callable[[], Any]] = {name: build for module in modules for name, build in module.BUILDERS.items()}
     return {name: functools.partial(_seeded, build) for name, build in known.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -15,6 +15,10 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -39,10 +43,10 @@ def t5_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=LENGTH)
 
 
-def clip(projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+def clip(projection: bool = False, length: int = LENGTH) -> CLIPTextModel | CLIPTextModelWithProjection:
     config = CLIPTextConfig(
         **{"vocab_size": len(clip_tokenizer()), "hidden_size": WIDTH, "intermediate_size": 37, "projection_dim": WIDTH},
-        **{"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": LENGTH},
+        **{"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": length},
         **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
@@ -66,13 +70,23 @@ def vae(channels: int, levels: int, **options: Any) -> AutoencoderKL:
 SYMBOLS = ("<pad>", "</s>", "<unk>", *string.ascii_letters, *string.digits, *string.punctuation, " ", "\n")
 
 
-def letters(**options: Any) -> PreTrainedTokenizerFast:
+class Letters(PreTrainedTokenizerFast):
+    """Takes a processor's place too: it looks at no pictures."""
+
+    def __call__(self, text: Any = None, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        return super().__call__(text, **options)
+
+
+CHAT = "{% for m in messages %}{{ m.role }}:{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+
+
+def letters(kind: Any = Letters, **options: Any) -> Any:
     """A language model's tokenizer: one token a character, and the end of the text."""
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"model_max_length": LENGTH, **special, **options})
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT}
+    return kind(tokenizer_object=tokenizer, **{"model_max_length": LENGTH, **special, **options})
 
 
 def language_model(configuration: Any, model: Any, **options: Any) -> Any:
@@ -107,4 +121,26 @@ def wan_vae(channels: int = 16) -> AutoencoderKLWan:
     return AutoencoderKLWan(
         **{"base_dim": 3, "z_dim": channels, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
         temperal_downsample=[False, True, True],  # Spelt as in diffusers.
+    )
+
+
+def qwen_vision(version: int = 2, model: Any = None) -> Any:
+    """Qwen 2.5 VL or Qwen 3 VL; its hidden states are the condition of many flow transformers."""
+    configuration = Qwen2_5_VLConfig if version == 2 else Qwen3VLConfig
+    sections = {"rope_type": "default", "type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
+    text = {"hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 8, "vocab_size": len(SYMBOLS)}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": sections, "pad_token_id": 0}
+    if version == 3:
+        text |= {"head_dim": 8}
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    tokens = {"vision_start_token_id": 90, "vision_end_token_id": 91, "image_token_id": 92, "video_token_id": 93}
+    usual = Qwen2_5_VLForConditionalGeneration if version == 2 else Qwen3VLForConditionalGeneration
+    return (model or usual)(configuration(text_config=text, vision_config=sight, **tokens))
+
+
+def qwen_vae(channels: int = 4) -> AutoencoderKLQwenImage:
+    """Qwen-Image's autoencoder, which has an axis of frames; downsamples by 4."""
+    return AutoencoderKLQwenImage(
+        **{"base_dim": 6 * channels, "z_dim": channels, "dim_mult": [1, 2, 4], "num_res_blocks": 1},
+        **{"temperal_downsample": [False, True], "latents_mean": [0.1] * channels, "latents_std": [1.5] * channels},
     )

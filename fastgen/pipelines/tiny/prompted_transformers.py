@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import (
+    CogVideoXDDIMScheduler,
     CogView3PlusPipeline,
     CogView3PlusTransformer2DModel,
-    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,

@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
+    DreamLiteMobilePipeline,
+    DreamLitePipeline,
+    DreamLiteUNetModel,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     IFPipeline,
     Kandinsky3Pipeline,
     Kandinsky3UNet,
@@ -25,9 +31,24 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from diffusers.pipelines.pag.pipeline_pag_kolors import KolorsPAGPipeline
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-from fastgen.pipelines.tiny.encoders import LENGTH, WIDTH, clip, clip_tokenizer, t5, t5_tokenizer, vae
+from fastgen.pipelines.tiny.encoders import (
+    LENGTH,
+    SYMBOLS,
+    WIDTH,
+    Letters,
+    clip,
+    clip_tokenizer,
+    letters,
+    qwen_vision,
+    t5,
+    t5_tokenizer,
+    vae,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -172,9 +193,70 @@ def unclip() -> StableUnCLIPPipeline:
     )
 
 
+class _Positioned(Letters):
+    """ChatGLM's tokenizer also counts the positions."""
+
+    def __call__(self, text: Any = None, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        answer = super().__call__(text, **options)
+        answer["position_ids"] = (answer["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        return answer
+
+
+def kolors(pipeline: Any = KolorsPipeline) -> Any:
+    """Kolors: SDXL's UNet under ChatGLM's hidden states, the last of which is the pooled embedding."""
+    text = {"num_layers": 2, "padded_vocab_size": len(SYMBOLS), "hidden_size": WIDTH, "ffn_hidden_size": 37, "kv_channels": 8}
+    text |= {
+        "num_attention_heads": 4,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "add_qkv_bias": True,
+        "original_rope": True,
+        "use_cache": False,
+    }
+    encoder = ChatGLMModel(ChatGLMConfig(**text))
+    for weight in encoder.parameters():  # They come uninitialised.
+        torch.nn.init.normal_(weight, std=0.1) if weight.ndim > 1 else torch.nn.init.ones_(weight)
+    options: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    options |= {"projection_class_embeddings_input_dim": 6 * 8 + WIDTH, "use_linear_projection": True}
+    return pipeline(
+        **{"vae": vae(4, 4, scaling_factor=0.13025), "unet": unet(**options), "scheduler": EulerDiscreteScheduler(**BETAS)},
+        **{"text_encoder": encoder, "tokenizer": letters(_Positioned, padding_side="left")},
+    )
+
+
+def kolors_perturbed() -> KolorsPAGPipeline:
+    return kolors(KolorsPAGPipeline)
+
+
+def dreamlite(pipeline: Any = DreamLitePipeline) -> Any:
+    """DreamLite: a small flow UNet under Qwen 3 VL's hidden states, which edits pictures too."""
+    network = DreamLiteUNetModel(
+        **{"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "cross_attention_dim": WIDTH},
+        **{"attention_head_dim": 8, "layers_per_block": 1, "norm_num_groups": 8, "transformer_layers_per_block": 1},
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+    )
+    autoencoder = AutoencoderTiny(
+        **{"encoder_block_out_channels": (32, 32), "decoder_block_out_channels": (32, 32), "latent_channels": 4},
+        **{"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
+    )
+    return pipeline(
+        **{"text_encoder": qwen_vision(3), "tokenizer": letters(), "processor": letters()},
+        **{"vae": autoencoder, "unet": network, "scheduler": FlowMatchEulerDiscreteScheduler()},
+    )
+
+
+def dreamlite_mobile() -> DreamLiteMobilePipeline:
+    return dreamlite(DreamLiteMobilePipeline)
+
+
 BUILDERS = {
+    "DreamLiteMobilePipeline": dreamlite_mobile,
+    "DreamLitePipeline": dreamlite,
     "IFPipeline": deepfloyd,
     "Kandinsky3Pipeline": kandinsky3,
+    "KolorsPAGPipeline": kolors_perturbed,
+    "KolorsPipeline": kolors,
     "LDMTextToImagePipeline": latent_diffusion,
     "LatentConsistencyModelPipeline": latent_consistency,
     "StableDiffusionPAGPipeline": sd15_perturbed,
