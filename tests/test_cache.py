@@ -75,6 +75,18 @@ def test_rows_come_back_as_they_were_whatever_the_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_files")
+def test_files_of_different_lengths_are_padded_together(tmp_path: Path) -> None:
+    def encode(index: list[int]) -> Condition:
+        text = torch.ones(len(index), 2 + index[0], 3)
+        return Condition({"text": text}, {}, Condition({"text": 0 * text[:, :1]}))
+
+    rows = Cache(tmp_path, "things", {}).fill([str(i) for i in range(8)], encode)
+    taken = rows.take(torch.tensor([6, 1]))
+    assert taken.inputs["text"].sum((1, 2)).tolist() == [18, 6] and taken.inputs["text"].shape == (2, 6, 3)
+    assert taken.null is not None and taken.null.inputs["text"].shape == (2, 1, 3)
+
+
+@pytest.mark.usefixtures("small_files")
 def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
     asked: list[int] = []
 

@@ -16,10 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastgen.cli import main
+from fastgen.config import DataConfig, RunConfig
 from fastgen.errors import UserError
 from fastgen.export.layouts import layout_of, original_weights
+from fastgen.methods.dmd2 import DMD2
 from fastgen.pipelines import Pipeline
 from fastgen.pipelines.fine_tune import replace_network
+from fastgen.training.run import distill, open_pipeline
 from tests import tiny_models as tiny
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +114,44 @@ def test_a_network_comes_from_a_folder_or_a_file(tmp_path: Path) -> None:
     half = tiny.sdxl().to(dtype=torch.bfloat16)
     replace_network(half, tmp_path / "unet.safetensors")
     assert half.unet.dtype == torch.bfloat16
+
+
+def test_a_run_lays_weights_and_then_loras_over_its_teacher(tmp_path: Path) -> None:
+    teacher = tiny.sdxl()
+    teacher.save_pretrained(tmp_path / "base")
+    tuned = {key: value * 1.5 for key, value in teacher.unet.state_dict().items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    style_lora(teacher, tmp_path / "style.safetensors")
+    base, style = str(tmp_path / "base"), [str(tmp_path / "style.safetensors")]
+
+    def run(**options: Any) -> RunConfig:
+        return RunConfig("dmd2", DMD2(gan_weight=0), data=DataConfig(prompts="none.txt", **options.pop("data", {})), **options)
+
+    def unet(**options: Any) -> dict[str, torch.Tensor]:
+        return open_pipeline(run(pipeline=base, **options)).network.state_dict()
+
+    plain, styled = unet(), unet(teacher_loras=style)
+    both = unet(teacher_loras=style, teacher_weights=str(tmp_path / "tuned.safetensors"))
+    moved = [key for key in plain if not torch.equal(plain[key], styled[key])]
+    assert moved and all(key.endswith(("to_q.weight", "to_v.weight")) for key in moved)
+    for key in plain:
+        torch.testing.assert_close(both[key], tuned[key] + styled[key] - plain[key], rtol=1e-5, atol=1e-5)
+    assert run(teacher_weights="x.safetensors").to_toml().splitlines()[1] == 'teacher_weights = "x.safetensors"'
+    with pytest.raises(UserError, match=r"teacher_weights = 'none\.safetensors': there is no such file"):
+        unet(teacher_weights="none.safetensors")
+    assert open_pipeline(run(pipeline=base, data={"height": 32, "width": 96})).latent_shape == (4, 4, 12)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\n", "is empty"), (b"\xff\n", "line 1 is not text in UTF-8")])
+def test_bad_prompts_are_told_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr("fastgen.training.run.open_pipeline", lambda *args, **options: pytest.fail("loaded a model"))
+    (tmp_path / "prompts.txt").write_bytes(content)
+    config = RunConfig("dmd2", DMD2(gan_weight=0), data=DataConfig(prompts=str(tmp_path / "prompts.txt")))
+    with pytest.raises(UserError, match=rf"prompts\.txt: {message}"):
+        distill(config, tmp_path / "run", device="cpu", quiet=True)
+    assert not (tmp_path / "run").exists(), "nothing is left"
 
 
 def test_a_file_in_the_original_layout_is_converted(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from fastgen.errors import UserError
 from fastgen.method import Batch, Need
 from fastgen.pipelines.base import Pipeline
 
-__all__ = ["Buckets", "Source", "encode_prompts", "load_source", "toy_pool"]
+__all__ = ["Buckets", "Source", "check_files", "encode_prompts", "load_source", "toy_pool"]
 
 
 class Source:
@@ -192,6 +192,17 @@ def toy_pool(number: int, seed: int, *, split: str = "train") -> tuple[Tensor, l
     return render(scenes, generator), caption(scenes, generator)
 
 
+def check_files(data: DataConfig, needs: Collection[Need]) -> None:
+    """Raise UserError for prompts or pictures that a run needs and that are not there, before a model is loaded."""
+    if "images" in needs:
+        if not data.images:
+            raise UserError("data.images is missing; this method needs a folder of pictures with a .txt caption beside each")
+        if data.images != TOY:
+            find_images(data.images)
+    elif data.prompts != TOY:
+        read_prompts(data.prompts)
+
+
 def load_source(
     pipeline: Pipeline,
     data: DataConfig,
@@ -209,6 +220,7 @@ def load_source(
     training split; it is kept in memory, other data in the folder `data.cache`. `say` is told how long work goes on. Raises
     UserError where the data does not have what is needed.
     """
+    check_files(data, needs)
     pictured = "images" in needs
     toy = (data.images if pictured else data.prompts) == TOY
     cache = None if toy else data.cache
@@ -216,8 +228,6 @@ def load_source(
     latents: Tensor | Rows | None = None
     if not pictured:
         prompts = toy_pool(data.pool, seed)[1] if toy else read_prompts(data.prompts)
-    elif not data.images:
-        raise UserError("data.images is missing; this method needs a folder of pictures with a .txt caption beside each")
     elif toy:
         pictures, prompts = toy_pool(data.pool, seed)
         latents = in_memory(pipeline, data.pool, lambda part: pictures[part].to(device))

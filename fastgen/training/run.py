@@ -25,7 +25,7 @@ import transformers
 from fastgen import config as configuration
 from fastgen.config import TOY, RunConfig
 from fastgen.data.encoding import free_text_encoders
-from fastgen.data.source import load_source
+from fastgen.data.source import check_files, load_source
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Method
@@ -78,6 +78,7 @@ def distill(
     place = torch.device(device) if device else accelerator.device
     reporter = Reporter(quiet=quiet or rank() > 0)
     try:
+        check_files(config.data, config.method.needs)
         threads = threads_for(config, start, place)
         torch.set_num_threads(threads)
         reporter.say(f"loading {config.pipeline} ({threads} CPU thread{'s' * (threads > 1)}, {place})")
@@ -143,6 +144,8 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
     roles: dict[str, Any] = {role: config.role(role) for role in configuration.ROLES}
     frozen_base = all(mode == "lora" for mode in roles.values())
     targets = None if config.lora.targets is None else tuple(config.lora.targets)
+    if config.teacher_weights and not Path(config.teacher_weights).expanduser().exists():
+        raise UserError(f"teacher_weights = {config.teacher_weights!r}: there is no such file or folder")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # The bars of loading a file are not the run's.
     try:
