@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fastgen.data.toy.autoencoder import build_autoencoder, train_autoencoder
 from fastgen.data.toy.captions import WORDS, caption
 from fastgen.data.toy.recipe import load_recipe, train_teacher
 from fastgen.data.toy.scenes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Scenes, is_held_out, render, sample_scenes
-from fastgen.data.toy.teacher import LatentPool, pretrain_text_encoder, tokenize, train_denoiser
+from fastgen.data.toy.teacher import LatentPool, SceneHeads, build_text_encoder, pretrain_text_encoder, tokenize, train_denoiser
 from fastgen.data.toy.tokenizer import MAX_LENGTH, toy_tokenizer
 from fastgen.errors import UserError
 from fastgen.training.run import TOY_TEACHER
@@ -113,6 +114,19 @@ def test_a_few_updates_lower_every_loss() -> None:
         assert sum(losses[name][-3:]) < 0.95 * sum(losses[name][:3]), name
 
 
+def test_the_text_encoder_goes_on_reading_beside_the_denoiser() -> None:
+    torch.manual_seed(0)
+    encoder, autoencoder = build_text_encoder(toy_tokenizer()), build_autoencoder().eval().requires_grad_(False)
+    quiet = {"batch": 4, "pool": 64, "ema": 0.0, "report": lambda step, terms: None}
+    trained = [
+        train_denoiser(autoencoder, copy.deepcopy(encoder), 1, reading_weight=weight, **quiet).text_encoder
+        for weight in (0.0, 0.0, 1.0)
+    ]
+    without, same, beside = (torch.cat([p.flatten() for p in each.parameters()]) for each in trained)
+    assert torch.equal(without, same)
+    assert not torch.allclose(without, beside)
+
+
 def test_training_the_decoder_alone_leaves_the_latents() -> None:
     images = render(sample_scenes(2, generator()), generator())
     before = build_autoencoder().eval()
@@ -126,13 +140,14 @@ def test_training_the_decoder_alone_leaves_the_latents() -> None:
 def test_the_pool_scales_latents_as_the_pipeline_does() -> None:
     autoencoder = build_autoencoder().eval()
     autoencoder.register_to_config(scaling_factor=0.25)
-    latents, ids = LatentPool(autoencoder, toy_tokenizer(), generator(3), size=64).fill()
+    latents, ids, drawn = LatentPool(autoencoder, toy_tokenizer(), generator(3), size=64).fill()
     fresh = generator(3)
     scenes = sample_scenes(64, fresh)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mean = autoencoder.encode(render(scenes, fresh)).latent_dist.mean.float()
     assert torch.equal(latents, mean * 0.25)
     assert torch.equal(ids, tokenize(toy_tokenizer(), caption(scenes, fresh)))
+    assert torch.equal(drawn.colour, scenes.colour)
 
 
 def test_the_recipe_makes_a_folder_that_stock_diffusers_loads(tmp_path: Path) -> None:
@@ -142,6 +157,7 @@ def test_the_recipe_makes_a_folder_that_stock_diffusers_loads(tmp_path: Path) ->
     train_teacher(recipe, tmp_path / "teacher", say=lines.append)
     assert any("denoiser 2 of 2: update 1 of 1" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"], "parts and partial folders are gone"
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "teacher").rglob("*.json"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher")
     image = pipeline("a small red circle", num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
@@ -177,6 +193,29 @@ def test_the_shipped_teacher_can_be_trained_on(tmp_path: Path) -> None:
 def test_mistakes_in_a_recipe_are_named(override: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_recipe(RECIPE, [override])
+
+
+def test_the_shipped_teacher_knows_which_object_is_where() -> None:
+    tokenizer, encoder = (
+        getattr(StableDiffusionPipeline.from_pretrained(TOY_TEACHER), x) for x in ("tokenizer", "text_encoder")
+    )
+    one, other = "a small red circle", "a large blue ring"
+    texts = [f"{one} left of {other}", f"{other} right of {one}", f"{other} left of {one}"]
+    with torch.no_grad():
+        said, again, turned = encoder(
+            tokenize(tokenizer, [f"{text} on a black background" for text in texts])
+        ).last_hidden_state[:, -1]
+    assert (said - again).norm() < 0.5 * (said - turned).norm(), "the same scene in other words is nearer than another scene"
+
+
+def test_the_text_encoder_is_read_where_its_captions_end() -> None:
+    scenes, tokenizer, heads = sample_scenes(8, generator()), toy_tokenizer(), SceneHeads()
+    ids = tokenize(tokenizer, caption(scenes, generator()))
+    hidden = torch.zeros(8, MAX_LENGTH, 128, requires_grad=True)
+    heads.read(hidden, ids, scenes).backward()
+    assert hidden.grad is not None
+    for row, tokens in zip(hidden.grad, ids.tolist(), strict=True):
+        assert row.abs().sum(1).nonzero().flatten().tolist() == [tokens.index(tokenizer.eos_token_id), MAX_LENGTH - 1]
 
 
 def test_the_shipped_teacher_is_small_and_stock() -> None:

@@ -164,6 +164,10 @@ def save_teacher(pipeline: StableDiffusionPipeline, output: Path) -> None:
     pipeline.unet.to(torch.bfloat16)
     pipeline.vae.to(torch.bfloat16)
     _save(pipeline, output)
+    for path in (output / "model_index.json", *output.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # Where its parts lay on this machine.
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save(model: Any, folder: Path) -> None:
