@@ -18,7 +18,7 @@ from fastgen.samplers import FewStep, Sampler
 
 FILE = "pipeline.py"
 
-TEMPLATE = '''"""{stock} with gamma sampling: each step follows the flow below the next noise level, then diffuses back up to it.
+TEMPLATE = '''"""{stock} with gamma sampling: a step follows the flow below the next noise level, then diffuses back up to it.
 
 After Zheng et al. 2024 (TCD), algorithm 4, for a rectified flow x = (1 - sigma) x0 + sigma noise.
 """

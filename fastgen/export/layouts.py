@@ -113,7 +113,7 @@ SD3_BLOCK: dict[str, Parts] = {
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
 }
-BLOCKS = {
+BLOCKS: dict[str, dict[tuple[str, str], dict[str, Parts]]] = {
     "FluxTransformer2DModel": {
         ("double_blocks", "transformer_blocks"): FLUX_DOUBLE,
         ("single_blocks", "single_transformer_blocks"): FLUX_SINGLE,
@@ -155,7 +155,7 @@ def layout_of(pipeline: Pipeline, network: nn.Module, wanted: str) -> Layout:
         return Layout(name, dict(_transformer_modules(name, places)), _swapped(name, network), True)
     if name == "UNet2DConditionModel" and family in UNET_PIPELINES and isinstance(_layers_per_block(network), int):
         renamed = {place: _unet_name(place, _layers_per_block(network), places) for place in places}
-        modules = {original: (place,) for place, original in renamed.items() if original is not None}
+        modules: dict[str, Parts] = {original: (place,) for place, original in renamed.items() if original is not None}
         return Layout(name, modules, frozenset(), family == "StableDiffusionXLPipeline")
     raise UserError(f"the format {wanted!r} is known for {SUPPORTED}, not for {family}; export it as 'diffusers'")
 
@@ -265,7 +265,7 @@ def original_lora(layout: Layout, network: nn.Module, layers: Mapping[str, Facto
         if not any(part in left for part in parts):
             continue
         some = next(left[part] for part in parts if part in left)
-        factors = [left.pop(part, None) or _nothing(network.get_submodule(part), some) for part in parts]
+        factors = [left.pop(part) if part in left else _nothing(network.get_submodule(part), some) for part in parts]
         down = torch.cat([each for each, _ in factors])
         up = torch.block_diag(*(each for _, each in factors)) if len(factors) > 1 else factors[0][1]
         result[original] = (down, _swap(up) if original in layout.swapped else up)

@@ -31,7 +31,7 @@ def require_own_call(description: Mapping[str, Any], call: Mapping[str, Any]) ->
 
 def in_words(sampler: Sampler) -> str:
     """Such as "FewStep, 4 steps, times (1, 0.75, 0.5, 0.25), gamma 1, guidance 1"."""
-    settings = asdict(sampler) if is_dataclass(sampler) else {}
+    settings: dict[str, Any] = asdict(sampler) if is_dataclass(sampler) else {}
     told = [f"{type(sampler).__name__}, {sampler.steps} step{'s' * (sampler.steps != 1)}"]
     for key, value in settings.items():
         told.append(f"{key} ({', '.join(f'{each:g}' for each in value)})" if isinstance(value, tuple) else f"{key} {value:g}")
