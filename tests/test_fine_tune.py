@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastgen.cli import main
-from fastgen.config import DataConfig, RunConfig
+from fastgen.config import DataConfig, LoRAConfig, RunConfig
 from fastgen.errors import UserError
 from fastgen.export.layouts import layout_of, original_weights
 from fastgen.methods.dmd2 import DMD2
-from fastgen.pipelines import Pipeline
+from fastgen.pipelines import LoraOptions, Pipeline
 from fastgen.pipelines.fine_tune import replace_network
 from fastgen.training.run import distill, open_pipeline
 from tests import tiny_models as tiny
@@ -139,7 +139,11 @@ def test_a_run_lays_weights_and_then_loras_over_its_teacher(tmp_path: Path) -> N
     assert run(teacher_weights="x.safetensors").to_toml().splitlines()[1] == 'teacher_weights = "x.safetensors"'
     with pytest.raises(UserError, match=r"teacher_weights = 'none\.safetensors': there is no such file"):
         unet(teacher_weights="none.safetensors")
-    assert open_pipeline(run(pipeline=base, data={"height": 32, "width": 96})).latent_shape == (4, 4, 12)
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=["to_q"], init="gaussian", dora=True, ranks={"fake_score": 2})
+    opened = open_pipeline(run(pipeline=base, lora=lora, data={"height": 32, "width": 96}))
+    assert opened.latent_shape == (4, 4, 12) and opened.lora == LoraOptions(
+        3, 6.0, ("to_q",), "gaussian", True, {"fake_score": 2}
+    )
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"\n", "is empty"), (b"\xff\n", "line 1 is not text in UTF-8")])

@@ -143,7 +143,8 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
     """
     roles: dict[str, Any] = {role: config.role(role) for role in configuration.ROLES}
     frozen_base = all(mode == "lora" for mode in roles.values())
-    targets = None if config.lora.targets is None else tuple(config.lora.targets)
+    lora = config.lora
+    targets = None if lora.targets is None else tuple(lora.targets)
     if config.teacher_weights and not Path(config.teacher_weights).expanduser().exists():
         raise UserError(f"teacher_weights = {config.teacher_weights!r}: there is no such file or folder")
     for library in (diffusers, transformers):
@@ -152,7 +153,7 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
         pipeline = load_pipeline(
             str(TOY_TEACHER) if config.pipeline == TOY else config.pipeline,
             roles=roles,
-            lora=LoraOptions(config.lora.rank, config.lora.alpha, targets),
+            lora=LoraOptions(lora.rank, lora.alpha, targets, init=lora.init, dora=lora.dora, ranks=lora.ranks),
             teacher_loras=() if config.teacher_weights else config.teacher_loras,
             dtype=torch.bfloat16 if frozen_base and config.train.precision == "bf16" else torch.float32,
             device=device,
