@@ -119,6 +119,9 @@ class RunConfig(Checked):
                 raise UserError(f"roles.{role[:60]} is not a role{nearest(role, ROLES)}")
             if how not in ("full", "lora"):
                 raise UserError(f"roles.{role} must be 'full' or 'lora', not {schema.shown(how)}")
+        for role, rank in self.lora.ranks.items():
+            if role not in ROLES or not 1 <= rank <= 4096:
+                raise UserError(f"lora.ranks.{role[:60]} = {rank} must be a rank, 1 to 4096, of {' or '.join(ROLES)}")
         self.roles = {"student": "full", **self.roles}
         if self.train.batch % self.train.micro_batches:
             train = self.train

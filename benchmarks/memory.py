@@ -1,0 +1,159 @@
+"""What `fastgen plan` predicts beside what a run takes: the record in benchmarks/results/memory.json.
+
+    python -m benchmarks.memory [--methods lcm dmd2 ...] [--models sdxl sd3]
+
+Models of random weights, some tens of millions of parameters, distilled on the CPU; every run is a process of its own,
+forked. Measured
+is the process's largest resident set (VmHWM, the operating system's own account) during two updates, less what was resident
+before the models were loaded; freed memory goes back to the system at once (glibc's MALLOC_MMAP_THRESHOLD_). That holds what no
+plan counts: workspaces of kernels, the heap of the interpreter, code of libraries that is first touched by the updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+from fastgen import config as configuration
+from fastgen.data.encoding import free_text_encoders
+from fastgen.plan.estimate import Blank, estimate
+from fastgen.training.loop import Trainer
+from fastgen.training.run import open_pipeline
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "memory.json"
+PACKAGES = ("torch", "diffusers", "peft")
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+METHODS = ("progressive", "lcm", "dmd2")
+
+
+def make_model(name: str, folder: Path) -> None:
+    """A pipeline folder: the tests' random pipeline with a larger denoiser."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    tiny = importlib.import_module("tiny_models")
+    pipeline: Any = getattr(tiny, name)()
+    torch.manual_seed(0)
+    if name == "sdxl":
+        config = {**pipeline.unet.config, "block_out_channels": (128, 256), "sample_size": 32, "norm_num_groups": 32}
+        config |= {"layers_per_block": 2, "transformer_layers_per_block": 4, "attention_head_dim": 8}
+        network: Any = UNet2DConditionModel.from_config(config)
+        pipeline.register_modules(unet=network)
+    else:
+        config = {**pipeline.transformer.config, "num_layers": 6, "attention_head_dim": 64, "num_attention_heads": 6}
+        config |= {"caption_projection_dim": 384, "sample_size": 32, "pos_embed_max_size": 32}
+        network = SD3Transformer2DModel.from_config(config)
+        pipeline.register_modules(transformer=network)
+    pipeline.save_pretrained(folder)
+
+
+def write_run(folder: Path, model: str, method: str, role: str) -> Path:
+    """The run that is planned and measured."""
+    (folder / "prompts.txt").write_text("a red cube\n")
+    file = folder / f"{model}-{method}-{role}.toml"
+    file.write_text(
+        f'pipeline = "{folder / model}"\n[method]\nname = "{method}"\n[roles]\nstudent = "{role}"\n[lora]\nrank = 16\n'
+        f'[data]\nprompts = "{folder / "prompts.txt"}"\nimages = "{folder}"\n'
+        f"[train]\nbatch = 2\nema = 0.9\n"
+    )
+    return file
+
+
+def measure(file: Path) -> dict[str, int]:
+    """In this process: the run's largest resident set over two updates, beyond that of the imports."""
+    config = configuration.load(file)
+    before = resident("VmRSS")
+    pipeline = open_pipeline(config)
+    config.method.setup(pipeline)
+    trainer = Trainer(config.method, Blank(pipeline, config.method), config.train, device="cpu")  # type: ignore[arg-type]
+    free_text_encoders(pipeline)
+    config.method.advance(0, config.train.steps)
+    for _ in range(2):
+        for turn in trainer.turns:
+            trainer.move(turn)
+        if trainer.ema is not None:
+            trainer.ema.update()
+    return {"before": before, "measured": resident("VmHWM") - before}
+
+
+def resident(key: str) -> int:
+    """A figure of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def predict(file: Path) -> dict[str, int]:
+    """What the plan says of the same updates."""
+    plan = estimate(configuration.load(file), device="cpu")
+    return {"predicted": max(turn.peak for turn in plan.turns), "held": plan.held}
+
+
+def apart(what: Callable[[Path], dict[str, int]], file: Path) -> dict[str, int]:
+    """What `what` finds in a process of its own, forked so that nothing is imported anew."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with os.fdopen(write, "w") as pipe:
+                json.dump(what(file), pipe)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise SystemExit(f"{what.__name__} failed for {file}")
+    found: dict[str, int] = json.loads(text)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["sdxl", "sd3"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    args = parser.parse_args()
+    if not ALLOCATOR.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fastgen-memory-") as name:
+        folder = Path(name)
+        for model in args.models:
+            make_model(model, folder / model)
+            for method in args.methods:
+                for role in ("full", "lora"):
+                    file = write_run(folder, model, method, role)
+                    found = apart(predict, file) | apart(measure, file)
+                    ratio = round(found["predicted"] / found["measured"], 3)
+                    rows.append({"model": model, "method": method, "role": role, **found, "ratio": ratio})
+                    mb = [f"{found[key] / 1e6:8.1f} MB" for key in ("predicted", "measured")]
+                    print(f"{model:<6}{method:<13}{role:<6}{mb[0]}{mb[1]}   ratio {ratio:.3f}", flush=True)
+                    write_record(rows)
+
+
+def write_record(rows: list[dict[str, Any]]) -> None:
+    record = {
+        "command": "python -m benchmarks.memory",
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "runs": rows,
+    }
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
