@@ -8,6 +8,7 @@ from diffusers import (
     Cosmos2TextToImagePipeline,
     CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
@@ -35,6 +36,7 @@ from fastgen.pipelines.tiny.encoders import (
     vae,
     wan_vae,
 )
+from fastgen.pipelines.tiny.transformers import flux2_klein
 
 
 def prx() -> PRXPipeline:
@@ -145,8 +147,14 @@ def cosmos2() -> Cosmos2TextToImagePipeline:
     )
 
 
+def flux2_klein_cached() -> Flux2KleinKVPipeline:
+    """FLUX.2 klein, distilled, which keeps the attention of its reference pictures."""
+    return Flux2KleinKVPipeline(**flux2_klein().components)
+
+
 BUILDERS = {
     "Cosmos2TextToImagePipeline": cosmos2,
+    "Flux2KleinKVPipeline": flux2_klein_cached,
     "Kandinsky5T2IPipeline": kandinsky5,
     "Krea2Pipeline": krea2,
     "NucleusMoEImagePipeline": nucleus,
