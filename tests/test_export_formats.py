@@ -56,18 +56,18 @@ for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
     folder = Path(case["folder"])
     told = json.loads((folder / "fastgen.json").read_text())
     stock, local = getattr(diffusers, told["pipeline"]), {"config": case["base"], "local_files_only": True}
+    code = re.search("```python\\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+    card = {}
+    exec(code.replace("image.png", str(folder / "image.png")), card)
+    assert isinstance(card["pipeline"], stock) and (folder / "image.png").stat().st_size > 100
     if "custom_pipeline" in told:
         refused = False
         try:
             diffusers.DiffusionPipeline.from_pretrained(folder)
         except ValueError as problem:
             refused = "trust_remote_code" in str(problem)
-        assert refused
-        code = re.search("```python\\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
-        scope = {}
-        exec(code.partition("image =")[0], scope)
-        pipeline = scope["pipeline"].to("cpu")
-        assert type(pipeline).__name__ == told["custom_pipeline"]["class"] and isinstance(pipeline, stock)
+        pipeline = card["pipeline"].to("cpu")
+        assert refused and type(pipeline).__name__ == told["custom_pipeline"]["class"]
     elif told["format"] in ("diffusers", "fused"):
         pipeline = stock.from_pretrained(folder)
     elif told["format"] != "single-file":
@@ -166,7 +166,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         student = trained(pipeline)
         sampler = FewStep(even_times(case.steps, pipeline.process, case.shift), case.gamma, case.guidance)
         folder = export(
-            pipeline, student, sampler, root / name, format=case.format, record={"base": str(base), "method": "lcm"}
+            pipeline,
+            student,
+            sampler,
+            root / name,
+            format=case.format,
+            record={"base": str(base), "method": "lcm", "prompt": PROMPT},
         )
         torch.manual_seed(SEED)
         noise = torch.randn(1, *pipeline.latent_shape)
