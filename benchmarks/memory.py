@@ -2,11 +2,10 @@
 
     python -m benchmarks.memory [--methods lcm dmd2 ...] [--models sdxl sd3]
 
-Models of random weights, some tens of millions of parameters, distilled on the CPU; every run is a process of its own,
-forked. Measured
-is the process's largest resident set (VmHWM, the operating system's own account) during two updates, less what was resident
-before the models were loaded; freed memory goes back to the system at once (glibc's MALLOC_MMAP_THRESHOLD_). That holds what no
-plan counts: workspaces of kernels, the heap of the interpreter, code of libraries that is first touched by the updates.
+Models of random weights, some tens of millions of parameters, distilled on the CPU; every run is a process of its own, forked.
+Measured is the process's largest resident set (VmHWM, the operating system's own account) over two updates, less what is
+resident once a tiny run has warmed the libraries up; freed memory goes back to the system at once (glibc's
+MALLOC_MMAP_THRESHOLD_). It holds what no plan counts: workspaces inside kernels and the heap of the interpreter.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ def make_model(name: str, folder: Path) -> None:
     """A pipeline folder: the tests' random pipeline with a larger denoiser."""
     sys.path.insert(0, str(ROOT / "tests"))
     tiny = importlib.import_module("tiny_models")
-    pipeline: Any = getattr(tiny, name)()
+    pipeline: Any = getattr(tiny, "toy" if name == "warm" else name)()
     torch.manual_seed(0)
     if name == "sdxl":
         config = {**pipeline.unet.config, "block_out_channels": (128, 256), "sample_size": 32, "norm_num_groups": 32}
         config |= {"layers_per_block": 2, "transformer_layers_per_block": 4, "attention_head_dim": 8}
         network: Any = UNet2DConditionModel.from_config(config)
         pipeline.register_modules(unet=network)
-    else:
+    elif name == "sd3":
         config = {**pipeline.transformer.config, "num_layers": 6, "attention_head_dim": 64, "num_attention_heads": 6}
         config |= {"caption_projection_dim": 384, "sample_size": 32, "pos_embed_max_size": 32}
         network = SD3Transformer2DModel.from_config(config)
@@ -131,6 +130,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fastgen-memory-") as name:
         folder = Path(name)
+        make_model("warm", folder / "warm")
+        measure(write_run(folder, "warm", "lcm", "lora"))
         for model in args.models:
             make_model(model, folder / model)
             for method in args.methods:
@@ -146,7 +147,7 @@ def main() -> None:
 
 def write_record(rows: list[dict[str, Any]]) -> None:
     record = {
-        "command": "python -m benchmarks.memory",
+        "command": " ".join(["python -m benchmarks.memory", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in PACKAGES},
         "runs": rows,

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     result = plan.as_json() | {"gpus": args.gpus, "peak_sharded": plan.sharded(args.gpus)}
     text = shown(plan, args.gpus)
     if memory is not None:
-        advice = advise(wanted, plan, memory, gpus=args.gpus, offline=args.offline, device=device)
+        advice = advise(wanted, plan, memory, offline=args.offline, device=device)
         result |= {"memory": memory, **advice.as_json()}
         text += "\n\n" + advice.in_words()
     emit(args, result, text, args.output)

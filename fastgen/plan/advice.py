@@ -39,12 +39,9 @@ class Advice:
         return f"does not fit in {limit}; the least found is {peak}, with\n  {changes}"
 
 
-def advise(config: RunConfig, plan: Plan, memory: int, *, gpus: int = 1, offline: bool = False, device: str = "cuda") -> Advice:
-    """The changes that bring the run of `plan` under `memory` bytes, those that cost nothing in quality first.
-
-    What a process of several GPUs needs is what one needs: their networks are replicas.
-    """
-    peak, changes = plan.peak, []
+def advise(config: RunConfig, plan: Plan, memory: int, *, offline: bool = False, device: str = "cuda") -> Advice:
+    """The changes that bring the run of `plan` under `memory` bytes, those that cost nothing in quality first."""
+    peak, changes = plan.peak, list[str]()
     for override, changed in candidates(config):
         if peak <= memory:
             break
@@ -66,12 +63,24 @@ def candidates(config: RunConfig) -> Iterator[tuple[str, Change]]:
         yield "train.gradient_checkpointing=true", lambda c: replace(c, train=replace(c.train, gradient_checkpointing=True))
     for parts in range(2 * train.micro_batches, train.batch + 1):
         if train.batch % parts == 0 and (parts & (parts - 1) == 0 or parts == train.batch):
-            yield f"train.micro_batches={parts}", lambda c, n=parts: replace(c, train=replace(c.train, micro_batches=n))
+            yield f"train.micro_batches={parts}", with_parts(parts)
     if train.precision != "bf16":
         yield 'train.precision="bf16"', lambda c: replace(c, train=replace(c.train, precision="bf16"))
-    if any(how == "full" for how in config.roles.values()):
-        yield 'roles.student="lora"', lambda c: replace(c, roles=dict.fromkeys(c.roles, "lora"))
+    for role in [role for role, how in config.roles.items() if how == "full"]:
+        yield f'roles.{role}="lora"', with_adapter(role)
     rank = config.lora.rank // 2
     while rank >= LEAST_RANK:
-        yield f"lora.rank={rank}", lambda c, n=rank: replace(c, lora=replace(c.lora, rank=n))
+        yield f"lora.rank={rank}", with_rank(rank)
         rank //= 2
+
+
+def with_parts(parts: int) -> Change:
+    return lambda config: replace(config, train=replace(config.train, micro_batches=parts))
+
+
+def with_adapter(role: str) -> Change:
+    return lambda config: replace(config, roles={**config.roles, role: "lora"})
+
+
+def with_rank(rank: int) -> Change:
+    return lambda config: replace(config, lora=replace(config.lora, rank=rank))

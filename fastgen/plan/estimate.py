@@ -277,8 +277,8 @@ def table(pipeline: Pipeline, method: Method, trainer: Trainer, roles: list[tupl
             yield rest
     for name, component in pipeline.diffusers.components.items():
         if isinstance(component, nn.Module):
-            role = f"teacher ({name})" if component is pipeline.network else name
-            yield row(f"{role}, freed before training" if name.startswith("text_encoder") else role, component)
+            label = f"teacher ({name})" if component is pipeline.network else name
+            yield row(f"{label}, freed before training" if name.startswith("text_encoder") else label, component)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

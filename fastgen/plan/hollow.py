@@ -56,7 +56,7 @@ def network(kind: Any, folder: Path, dtype: torch.dtype, ledger: Ledger) -> nn.M
             config.dtype = dtype
         torch.set_default_dtype(dtype)
         with ledger:
-            made: nn.Module = kind.from_config(config) if hasattr(kind, "load_config") else kind(config)
+            made: Any = kind.from_config(config) if hasattr(kind, "load_config") else kind(config)
             if hasattr(made, "tie_weights"):
                 made.tie_weights()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
@@ -68,7 +68,8 @@ def network(kind: Any, folder: Path, dtype: torch.dtype, ledger: Ledger) -> nn.M
     empty(made, ledger.hollow)
     for weight in made.parameters():
         ledger.enter(weight)
-    return made.eval()
+    whole: nn.Module = made.eval()
+    return whole
 
 
 def guess(pipeline: Any) -> Callable[[], None]:
