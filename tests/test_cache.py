@@ -26,6 +26,7 @@ from fastgen.data.source import load_source
 from fastgen.denoiser import Condition, map_tensors
 from fastgen.errors import UserError
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.tiny import builders
 from fastgen.samplers import FewStep
 from fastgen.training.grids import Grids
 from tests import tiny_models as tiny
@@ -185,6 +186,18 @@ def test_prompts_from_a_cache_are_the_pipelines_own(sdxl: Pipeline, tmp_path: Pa
     assert len(cache_prompts(sdxl, PROMPTS[::-1], str(tmp_path))) == 9
     with safe_open(next(tmp_path.glob("*/*.safetensors")), "pt") as file:
         assert PROMPTS[0] not in str(file.metadata()), "prompts themselves are not kept"
+
+
+def test_prompts_of_different_lengths_predict_as_fresh_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 2)
+    pipeline = Pipeline.wrap(builders()["QwenImagePipeline"](), height=64, width=64)
+    prompts = ["a", "a much longer prompt of many words", "b c", "two blue rings on a dark floor", "d"]
+    cached = cache_prompts(pipeline, prompts, str(tmp_path)).take(torch.tensor([4, 1, 0]))
+    fresh = pipeline.encode_prompts([prompts[i] for i in (4, 1, 0)])
+    assert cached.null is not None and fresh.null is not None
+    xt, t, teacher = torch.randn(3, *pipeline.latent_shape), torch.tensor([0.5, 0.6, 0.7]), pipeline.frozen()
+    for one, other in ((cached, fresh), (cached.null, fresh.null)):
+        torch.testing.assert_close(teacher(xt, t, one).output, teacher(xt, t, other).output, rtol=1e-4, atol=1e-5)
 
 
 def test_whatever_changes_the_encoding_has_another_cache(sdxl: Pipeline) -> None:
