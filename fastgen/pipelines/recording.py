@@ -220,8 +220,10 @@ def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int
     noisy = stacked(first[sample])
     if noisy.shape[1:] != real.sample.shape[1:]:
         raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
-    second = record(pipeline, network, ["a"], height=height, width=width, pretend=pretend, after=1)
-    scale, time_reversed = _read_time(pipeline, second.calls[0][time], second.timestep)  # The first may be at 0 either way.
+    timed = real
+    if not torch.as_tensor(first[time]).any():  # A time that runs the other way starts at 0, which tells no scale.
+        timed = record(pipeline, network, ["a"], height=height, width=width, pretend=pretend, after=1)
+    scale, time_reversed = _read_time(pipeline, timed.calls[0][time], timed.timestep)
     flows = isinstance(read_scheduler(pipeline.scheduler)[0], Flow)  # A flow may point either way, an epsilon may not.
     outputs = [_without_variance(stacked(x), noisy) for x in real.outputs]
     guidance = read_guidance(outputs, _without_variance(real.handed, noisy), name, signs=(1, -1) if flows else (1,))
