@@ -37,7 +37,7 @@ MAY_IMPORT = {  # room -> the rooms of fastgen that it may know; a room is a mod
     "training":  MATHS | {"schema", "adapters", "attention", "methods", "data", "config", "export"},
 }  # fmt: skip
 TORCH_ALONE = {"errors", "process", "denoiser", "samplers", "losses", "critics", "method", "methods"}
-LEAVES = {"cli", "quickstart"}  # see everything; nothing sees them
+LEAVES = {"cli", "plan", "quickstart"}  # see everything; nothing sees them
 
 
 def imports(source: str) -> Iterator[str]:

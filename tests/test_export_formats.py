@@ -345,3 +345,25 @@ def test_what_has_no_such_format_is_refused_in_one_sentence(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"has time_embedding\.cond_proj\.weight, for which the original layout has no name"):
         export(full, embeds, FewStep((1.0,)), tmp_path / "x", format="single-file")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dora_keeps_its_magnitudes_in_diffusers_format_alone(tmp_path: Path) -> None:
+    pipeline = Pipeline.wrap(tiny.sd15(), roles={"student": "lora"}, lora=LoraOptions(rank=4, alpha=8, dora=True))
+    student = pipeline.trainable("student")
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    sampler = FewStep(even_times(2, pipeline.process))
+    export(pipeline, student, sampler, tmp_path / "dora", format="diffusers-lora")
+    plain = tiny.sd15()
+    plain.load_lora_weights(tmp_path / "dora")
+    call = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([900, 500])}
+    call["encoder_hidden_states"] = torch.randn(2, 8, 32)
+    with torch.no_grad(), student.activate():
+        ours = student.network(**call).sample
+        bare = tiny.sd15().unet(**call).sample
+        theirs = plain.unet(**call).sample
+    assert (ours - bare).norm() > 1e-2 * bare.norm()
+    assert (theirs - ours).norm() < 1e-5 * ours.norm()
+    with pytest.raises(UserError, match="magnitudes"):
+        export(pipeline, student, sampler, tmp_path / "kohya", format="kohya")

@@ -48,6 +48,7 @@ def test_the_marks_survive_a_rewrite() -> None:
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "photos").mkdir()
     generator = torch.Generator().manual_seed(0)
     scenes = sample_scenes(3, generator)

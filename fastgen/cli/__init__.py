@@ -27,7 +27,7 @@ COMMANDS = {
     "distill":       "train a few-step student as a TOML file describes",
     "plan":          "memory of a run, role by role and at its peak, before any weight is read",
     "sample":        "pictures from a run or an export",
-    "export":        "turn a run into a folder or LoRA that plain diffusers loads",
+    "export":        "turn a run into a folder, LoRA or checkpoint that other programs load",
     "eval":          "measure a run, an export or a teacher",
     "sweep":         "step-quality curves of students and teacher, with an HTML report",
     "methods":       "the distillation methods; one of them explained, with a starter config",

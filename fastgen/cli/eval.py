@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="network calls; default: the student's own")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale, 1 = off; default: the student's own")
     add_protocol(parser)
+    parser.add_argument("--force", action="store_true", help="sample an export or a run otherwise than it was trained to be")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="keep the pictures here")
     add_run_options(parser)
     add_common(parser, "JSON file for the whole record")
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             say(args, f"exporting {args.target}, so that plain diffusers is measured")
             place = Path(aside) / Path(args.target).resolve().name
             folder = str(export_run(open_run(args.target, args), place, steps=args.steps))
-        call = call_with(folder, args.steps, args.guidance)
+        call = call_with(folder, args.steps, args.guidance, force=args.force)
         guidance, steps = call.pop("guidance_scale", None), call.pop("num_inference_steps", None)
         evaluation = evaluate(
             folder, number=args.number, steps=steps, guidance=guidance, call=call, only=names(args.metrics),

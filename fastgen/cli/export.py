@@ -92,6 +92,7 @@ def record_of(run: Path, loaded: LoadedRun) -> dict[str, Any]:
     config, samples, evaluation = loaded.config, newest_samples(run, loaded.step), read_evaluation(run)
     return {
         **{"method": config.method_name, "base": plain_folder(config.pipeline), "teacher_loras": config.teacher_loras},
+        **({"teacher_weights": config.teacher_weights} if config.teacher_weights else {}),
         **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
         **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
         **({} if samples is None else {"samples": str(samples)}),

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="network calls; default: the student's own")
     parser.add_argument("--number", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale, 1 = off; default: the student's own")
+    parser.add_argument("--force", action="store_true", help="sample an export or a run otherwise than it was trained to be")
     add_run_options(parser)
     add_common(parser, "folder for the pictures (default: samples)")
 
@@ -62,6 +63,7 @@ def free_name(folder: Path, prompt: str) -> Path:
 def from_run(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, Image.Image]]:
     import torch
 
+    from fastgen.export import require_trained
     from fastgen.samplers import FewStep
 
     loaded = open_run(args.target, args)
@@ -69,7 +71,10 @@ def from_run(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, I
     if args.guidance is not None:
         if not isinstance(sampler, FewStep):
             raise UserError(f"--guidance: the sampler of {loaded.config.method_name} takes none")
-        sampler = replace(sampler, guidance=args.guidance)
+        asked = replace(sampler, guidance=args.guidance)
+        if not args.force:
+            require_trained(asked, sampler)
+        sampler = asked
     for prompt in args.prompts:
         condition = pipeline.encode_prompts([prompt])
         for number in range(first, first + args.number):
@@ -87,7 +92,7 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
     from fastgen.pipelines import load_pipeline
 
     where = plain_folder(args.target)
-    call = call_with(where, args.steps, args.guidance)
+    call = call_with(where, args.steps, args.guidance, force=args.force)
     pipeline = load_pipeline(where, device=checked_device(args), offline=args.offline).diffusers
     pipeline.set_progress_bar_config(disable=True)
     for prompt in args.prompts:

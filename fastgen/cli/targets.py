@@ -42,6 +42,7 @@ def export_run(loaded: LoadedRun, output: Path, *, format: str = "diffusers", st
     config = loaded.config
     record = {
         **{"method": config.method_name, "base": plain_folder(config.pipeline), "teacher_loras": config.teacher_loras},
+        **({"teacher_weights": config.teacher_weights} if config.teacher_weights else {}),
         **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
         **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
     }
@@ -65,16 +66,22 @@ def own_call(folder: str | Path) -> dict[str, Any]:
     if not is_export(folder):
         return {}
     description = read_export(Path(folder))
-    if description.get("format") == "diffusers-lora":
-        raise UserError(f"{folder} is a LoRA, not a pipeline; name the run instead, or export it with --format diffusers")
+    if (format := description.get("format")) not in ("diffusers", "fused"):
+        raise UserError(
+            f"{folder} is an export of format {format}, not a pipeline; name the run instead, "
+            "or export it with --format diffusers"
+        )
     return dict(description["call"])
 
 
-def call_with(folder: str | Path, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def call_with(folder: str | Path, steps: int | None, guidance: float | None, *, force: bool = False) -> dict[str, Any]:
     """The arguments of a pipeline's call, with steps and guidance as asked for.
 
-    Raises UserError where the export lists its timesteps one by one and another number of steps is asked for.
+    Raises UserError where an export is asked for another call than it was made for and it is not forced, and where it lists
+    its timesteps one by one and another number of steps is asked for.
     """
+    from fastgen.export import read_export, require_own_call
+
     call = own_call(folder)
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}")
@@ -86,6 +93,8 @@ def call_with(folder: str | Path, steps: int | None, guidance: float | None) -> 
         call["num_inference_steps"] = steps
     if guidance is not None:
         call["guidance_scale"] = guidance
+    if is_export(folder) and not force:
+        require_own_call(read_export(Path(folder)), call)
     return call
 
 

@@ -123,14 +123,17 @@ def lora_weights(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     """The two factors of every adapted layer, named as diffusers names them, with alpha / rank in the second one."""
     options = adapter.options
     scale = 1.0 if options.alpha is None else options.alpha / options.rank
-    return {
-        key: (value.detach() * (scale if ".lora_B." in key else 1.0)).to(device="cpu", dtype=dtype).contiguous()
-        for key, value in adapter.state_dict().items()
-    }
+    weights: dict[str, Tensor] = {}
+    for key, value in adapter.state_dict().items():
+        scaled = value.detach() * (scale if ".lora_B." in key else 1.0)
+        weights[key.replace("_vector.weight", "_vector")] = scaled.to(device="cpu", dtype=dtype).contiguous()
+    return weights
 
 
 def lora_factors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Factors]:
-    """The same by layer: down [r, in, ...] and up [out, r, ...]."""
+    """The same by layer: down [r, in, ...] and up [out, r, ...]. Raises UserError for DoRA, which has a third part."""
+    if adapter.options.dora:
+        raise UserError("a DoRA has magnitudes, which only diffusers' LoRA format holds: export it as diffusers-lora or fused")
     weights = lora_weights(adapter, dtype)
     names = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
     return {name: (weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]) for name in names}

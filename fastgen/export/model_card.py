@@ -47,6 +47,7 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
         "Format": f"`{format}`{', the LoRA merged into the weights of its base' if format == 'fused' else ''}",
         "Base": f"`{base}`" if base else None,
         "Base's weights, SHA-256": f"`{description['base']['sha256']}`",
+        "Weights in the base": f"`{record['teacher_weights']}`" if record.get("teacher_weights") else None,
         "LoRAs in the base": ", ".join(f"`{file}`" for file in record.get("teacher_loras", ())) or None,
         "Updates": record.get("updates"),
         "Weights": f"{weights}{', averaged over training' if record.get('averaged') else ''}",
