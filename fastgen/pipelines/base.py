@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers import VQModel
 from torch import Tensor, nn
 
 from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
@@ -115,6 +116,11 @@ class Pipeline:
         return network
 
     @property
+    def autoencoder(self) -> Any:
+        """Between images and latents; for videos, frames in the third dimension."""
+        return autoencoder(self.diffusers)
+
+    @property
     def device(self) -> torch.device:
         """Where the base network is."""
         return next(self.network.parameters()).device
@@ -149,19 +155,20 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, *latent_shape] of `images` [B, 3, H, W] in [-1, 1], float32: the posterior's mean, scaled and shifted."""
-        vae = self.diffusers.vae
+        vae = self.autoencoder
         images = images.to(vae.dtype)
         answer = vae.encode(images.unsqueeze(2) if encodes_frames(vae) else images)
-        raw = answer.latent_dist.mode() if hasattr(answer, "latent_dist") else answer.latents
+        raw = raw_latents(answer)
         mean, scale = self._latent_statistics(raw)
         return self.pack((raw.float() - mean) * scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] of `latents`, about [-1, 1], float32; differentiable. Videos are [B, 3, frames, H, W]."""
-        vae = self.diffusers.vae
+        vae = self.autoencoder
         raw = self.unpack(latents)
         mean, scale = self._latent_statistics(raw)
-        image: Tensor = vae.decode((raw / scale + mean).to(vae.dtype), return_dict=False)[0]
+        exact = {"force_not_quantize": True} if isinstance(vae, VQModel) else {}
+        image: Tensor = vae.decode((raw / scale + mean).to(vae.dtype), return_dict=False, **exact)[0]
         return (image.squeeze(2) if image.ndim == 5 else image).float()
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -269,7 +276,7 @@ class Pipeline:
 
     def _latent_statistics(self, raw: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The shift and scale with which latents = (raw - shift) * scale; `raw` is the autoencoder's [B, C, H, W]."""
-        config = self.diffusers.vae.config
+        config = self.autoencoder.config
         scale = getattr(config, "scaling_factor", None) or 1.0
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or deviation is None:
@@ -291,7 +298,7 @@ class Pipeline:
         for component in self.diffusers.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        vae = self.diffusers.vae
+        vae = self.autoencoder
         if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae.float()
 
@@ -306,9 +313,24 @@ def network_name(diffusers: Any) -> str:
     present = [name for name in ("unet", "transformer") if isinstance(getattr(diffusers, name, None), nn.Module)]
     if not present:
         raise UserError(f"{type(diffusers).__name__} has neither a unet nor a transformer, so there is no denoiser to distil")
-    if getattr(diffusers, "vae", None) is None or getattr(diffusers, "scheduler", None) is None:
+    if autoencoder(diffusers) is None or getattr(diffusers, "scheduler", None) is None:
         raise UserError(f"{type(diffusers).__name__} lacks a vae or a scheduler; only latent diffusion can be distilled")
     return present[0]
+
+
+def autoencoder(diffusers: Any) -> Any:
+    """A pipeline's autoencoder, under whichever name; None where it has none."""
+    found = (getattr(diffusers, name, None) for name in ("vae", "movq", "vqvae"))
+    return next((each for each in found if each is not None), None)
+
+
+def raw_latents(answer: Any) -> Tensor:
+    """What an autoencoder's encoder answered, as latents: the posterior's mean where it gives a distribution."""
+    if hasattr(answer, "latent_dist"):
+        mean: Tensor = answer.latent_dist.mode()
+        return mean
+    found: Tensor = answer.latents if hasattr(answer, "latents") else answer.latent
+    return found
 
 
 def encodes_frames(vae: nn.Module) -> bool:

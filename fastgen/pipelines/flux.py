@@ -10,9 +10,11 @@ from fastgen.pipelines.base import Pipeline
 
 
 class Flux(Pipeline):
-    """FLUX.1, guidance-distilled or not, and Chroma, which shares its latents."""
+    """FLUX.1, guidance-distilled or not, and those that share its latents: Chroma, Bria, Ovis, LongCat."""
 
-    handles: ClassVar[tuple[str, ...]] = ("FluxPipeline", "ChromaPipeline")
+    handles: ClassVar[tuple[str, ...]] = (
+        *("FluxPipeline", "ChromaPipeline", "BriaPipeline", "OvisImagePipeline", "LongCatImagePipeline"),
+    )
 
     def pack(self, latents: Tensor) -> Tensor:
         diffusers: Any = self.diffusers

@@ -36,6 +36,6 @@ class Flux2(Pipeline):
         return 0.0, 1.0
 
     def _patch_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.diffusers.vae
+        vae = self.autoencoder
         mean, variance = (x.view(1, -1, 1, 1).to(like.device, torch.float32) for x in (vae.bn.running_mean, vae.bn.running_var))
         return mean, (variance + vae.config.batch_norm_eps).sqrt()

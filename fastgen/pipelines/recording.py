@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from fastgen.denoiser import Condition, Nest, map_tensors
 from fastgen.errors import UserError
@@ -28,7 +30,11 @@ KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0",
 
 PROBE_LATENTS = 16
 PROBE_PROMPT = "a far longer prompt " * 8
+PROBE_FRAMES = 9
 TIME_SCALES = (1.0, 1e-3)
+
+# Where pipelines keep by how much the autoencoder shrinks height and width.
+FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 
 # Arguments that the wrapped network gets anew at every call, so they are no part of a condition.
 FRESH = ("return_dict", "guidance", "timestep_cond")
@@ -104,12 +110,13 @@ def record(
     *,
     height: int | None,
     width: int | None,
-    pretend: Callable[[Tensor], Tensor] | None = None,
+    pretend: bool = False,
     after: int = 0,
+    frames: int | None = None,
 ) -> Recording:
     """Run `pipeline` with guidance on up to its first scheduler step, or the one after so many.
 
-    With `pretend`, that answers in the network's place.
+    With `pretend`, zeros answer in the network's place. `frames` is the number of a video's, by default the pipeline's own.
     """
     calls: list[dict[str, Any]] = []
     outputs: list[Any] = []
@@ -122,7 +129,7 @@ def record(
         arguments |= arguments.pop("kwargs", {})
         calls.append(arguments)
         answer = (
-            map_tensors(pretend, next(iter(arguments.values())))
+            map_tensors(functools.partial(_no_answer, network), next(iter(arguments.values())))
             if pretend
             else forward(*args, **(kwargs | {"return_dict": False}))[0]
         )
@@ -148,7 +155,7 @@ def record(
             stack.enter_context(_replaced(guider, "guidance_scale", PROBE_GUIDANCE))
         stack.enter_context(_quiet(pipeline))
         try:
-            pipeline(**_call_arguments(pipeline, prompts, height, width))
+            pipeline(**_call_arguments(pipeline, prompts, height, width, frames))
         except _FirstStep:
             pass
         finally:
@@ -158,11 +165,25 @@ def record(
     return Recording(calls, outputs, reached["model_output"], reached["sample"], torch.as_tensor(reached["timestep"]))
 
 
-def _call_arguments(pipeline: Any, prompts: Sequence[str], height: int | None, width: int | None) -> dict[str, Any]:
+def _no_answer(network: Any, sample: Tensor) -> Tensor:
+    """Zeros in the shape of what `network` answers to `sample`: twice the channels where it predicts a variance too."""
+    config = network.config
+    channels, out = config.get("in_channels"), config.get("out_channels")
+    doubled = bool(config.get("learn_sigma")) or (channels is not None and out == 2 * channels)
+    zeros = torch.zeros_like(sample)
+    return torch.cat([zeros, zeros], 1) if doubled else zeros
+
+
+def _call_arguments(
+    pipeline: Any, prompts: Sequence[str], height: int | None, width: int | None, frames: int | None
+) -> dict[str, Any]:
     wanted = {
         "prompt": list(prompts),
         "height": height,
         "width": width,
+        "num_frames": frames,
+        "use_resolution_binning": False,
+        "pag_scale": 0.0,
         "num_inference_steps": 2,
         "guidance_scale": PROBE_GUIDANCE,
         "distilled_guidance_scale": PROBE_GUIDANCE,
@@ -204,25 +225,31 @@ def _quiet(pipeline: Any) -> Iterator[None]:
         pipeline.set_progress_bar_config(**before)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Probing is no user's doing, so nobody is warned of the odd prompts it takes."""
+    levels = [(each, each.get_verbosity()) for each in (diffusers_logging, transformers_logging)]
+    for library, _ in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
 def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int | None) -> CallForm:
     """Watch the pipeline denoise twice: with two prompts and its real network, small; with three, pretending, full size.
 
     Raises UserError where the pipeline does something to the network's output that fastgen would not repeat.
     """
-    pretend = torch.zeros_like
-    full = record(pipeline, network, ["a", "b c", "d"], height=height, width=width, pretend=pretend)
-    small = [min(x, y) for x, y in zip(_pixels(pipeline, full.sample, height, width), _small(pipeline), strict=True)]
-    real = record(pipeline, network, ["a", "b c"], height=small[0], width=small[1])
-    long = record(pipeline, network, [PROBE_PROMPT], height=height, width=width, pretend=pretend)
+    with _silent():
+        full, real, long, timed = _probe(pipeline, network, height, width)
     first, name = real.calls[0], type(pipeline).__name__
-    names = list(inspect.signature(network.forward).parameters)
-    sample, time = names[0], "timestep" if "timestep" in names else names[1]
+    sample, time = _sample_and_time(network)
     noisy = stacked(first[sample])
     if noisy.shape[1:] != real.sample.shape[1:]:
         raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
-    timed = real
-    if not torch.as_tensor(first[time]).any():  # A time that runs the other way starts at 0, which tells no scale.
-        timed = record(pipeline, network, ["a"], height=height, width=width, pretend=pretend, after=1)
     scale, time_reversed = _read_time(pipeline, timed.calls[0][time], timed.timestep)
     flows = isinstance(read_scheduler(pipeline.scheduler)[0], Flow)  # A flow may point either way, an epsilon may not.
     outputs = [_without_variance(stacked(x), noisy) for x in real.outputs]
@@ -251,6 +278,27 @@ def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int
     )
 
 
+def _sample_and_time(network: nn.Module) -> tuple[str, str]:
+    """What a network calls its noisy latents and its time."""
+    names = list(inspect.signature(network.forward).parameters)
+    return names[0], "timestep" if "timestep" in names else names[1]
+
+
+def _probe(
+    pipeline: Any, network: nn.Module, height: int | None, width: int | None
+) -> tuple[Recording, Recording, Recording, Recording]:
+    """Three prompts at full size, two through the real network, a long one, and a step that tells the scale of time."""
+    full = record(pipeline, network, ["a", "b c", "d"], height=height, width=width, pretend=True)
+    small = PROBE_LATENTS * _vae_factor(pipeline)
+    pixels = [min(x, small) for x in _pixels(pipeline, full.sample, height, width)]
+    real = record(pipeline, network, ["a", "b c"], height=pixels[0], width=pixels[1], frames=PROBE_FRAMES)
+    long = record(pipeline, network, [PROBE_PROMPT], height=height, width=width, pretend=True)
+    if torch.as_tensor(real.calls[0][_sample_and_time(network)[1]]).any():
+        return full, real, long, real
+    # A time that runs the other way starts at 0, which tells no scale.
+    return full, real, long, record(pipeline, network, ["a"], height=height, width=width, pretend=True, after=1)
+
+
 def stacked(samples: Any) -> Tensor:
     """A network's latents as one tensor, also where it takes or gives a list of one a sample, with a frame axis."""
     return torch.stack(list(samples)).squeeze(2) if isinstance(samples, (list, tuple)) else samples
@@ -272,15 +320,19 @@ def _read_time(pipeline: Any, given: Any, timestep: Tensor) -> tuple[float, bool
 
 def _pixels(pipeline: Any, sample: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
     """The resolution of a recorded call in pixels."""
-    factor = pipeline.vae_scale_factor
+    if height and width:
+        return height, width
+    factor = _vae_factor(pipeline)
     if sample.ndim >= 4:
-        return sample.shape[-2] * factor, sample.shape[-1] * factor
-    default = pipeline.default_sample_size * factor
-    return height or default, width or default
+        return height or sample.shape[-2] * factor, width or sample.shape[-1] * factor
+    known = inspect.signature(type(pipeline).__call__).parameters
+    default = getattr(pipeline, "default_sample_size", PROBE_LATENTS) * factor
+    return height or known["height"].default or default, width or known["width"].default or default
 
 
-def _small(pipeline: Any) -> tuple[int, int]:
-    return PROBE_LATENTS * pipeline.vae_scale_factor, PROBE_LATENTS * pipeline.vae_scale_factor
+def _vae_factor(pipeline: Any) -> int:
+    """By how much the autoencoder shrinks height and width."""
+    return next((int(getattr(pipeline, name)) for name in FACTORS if hasattr(pipeline, name)), 8)
 
 
 def _without_variance(output: Tensor, sample: Tensor) -> Tensor:
@@ -305,7 +357,7 @@ def record_condition(
     pipeline: Any, network: nn.Module, form: CallForm, prompts: Sequence[str], height: int | None, width: int | None
 ) -> Condition:
     """The condition of `prompts` as the pipeline makes it; the unconditional twin too, where the pipeline itself guides."""
-    seen = record(pipeline, network, prompts, height=height, width=width, pretend=torch.zeros_like)
+    seen = record(pipeline, network, prompts, height=height, width=width, pretend=True)
     if form.guides == "paired":
         yes, no = (seen.calls[1], seen.calls[0]) if form.null_first else (seen.calls[0], seen.calls[1])
         return _condition(yes, form, None, _condition(no, form, None))
