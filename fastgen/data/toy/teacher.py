@@ -112,10 +112,10 @@ class SceneHeads(nn.Module):
         """Cross-entropy of every attribute that the scene has, from `token` [B, TEXT_WIDTH]."""
         sizes = [*self.WHOLE.values(), *self.OBJECT.values(), *self.OBJECT.values()]
         parts = iter(self.linear(token).split(sizes, 1))
-        second = scenes.count == 2
-        total = F.cross_entropy(next(parts), scenes.count - 1)
-        total = total + _masked(next(parts), scenes.axis, second) + F.cross_entropy(next(parts), scenes.background)
-        for i, present in ((0, torch.ones_like(second)), (1, second)):
+        second, always = scenes.count == 2, scenes.count > 0
+        total = _masked(next(parts), scenes.count - 1, always)
+        total = total + _masked(next(parts), scenes.axis, second) + _masked(next(parts), scenes.background, always)
+        for i, present in ((0, always), (1, second)):
             for name in self.OBJECT:
                 total = total + _masked(next(parts), getattr(scenes, name)[:, i], present)
         return total
@@ -208,8 +208,9 @@ def train_denoiser(
     tokenizer = start.tokenizer if start else toy_tokenizer()
     data = LatentPool(autoencoder, tokenizer, torch.Generator().manual_seed(seed), pool).batches(batch)
     unet, text_encoder = (start.unet, start.text_encoder) if start else (build_unet(), text_encoder)
+    heads = SceneHeads()
     unet.set_attn_processor(AttnProcessor())  # Faster than the fused kernel for heads this small on a CPU.
-    networks = nn.ModuleDict({"unet": unet, "text": text_encoder, "heads": SceneHeads()}).float().train().requires_grad_(True)
+    networks = nn.ModuleDict({"unet": unet, "text": text_encoder, "heads": heads}).float().train().requires_grad_(True)
     average = copy.deepcopy(networks).eval().requires_grad_(False)
     process = VP(build_scheduler().alphas_cumprod)
     optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.99))
@@ -226,7 +227,7 @@ def train_denoiser(
             hidden = networks["text"](ids).last_hidden_state
             output = networks["unet"](process.add_noise(latents, eps, t), process.timestep(t), hidden).sample
         loss = F.mse_loss(output.float(), process.target("v", latents, eps, t))
-        reading = networks["heads"].read(hidden[kept].float(), ids[kept], scenes[kept])
+        reading = heads.read(hidden[kept].float(), ids[kept], scenes[kept])
         optimizer.zero_grad()
         (loss + reading_weight * reading).backward()
         torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
