@@ -20,9 +20,9 @@ from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
 from fastgen.denoiser import Condition, Denoiser, Groups, guide, map_tensors
 from fastgen.errors import UserError
 from fastgen.pipelines.guidance import renormalised_guide
+from fastgen.pipelines.probing import guidance_argument
 from fastgen.pipelines.recording import (
     CallForm,
-    guidance_argument,
     learn_form,
     merge,
     read_scheduler,
