@@ -1,0 +1,215 @@
+"""Running a diffusers pipeline up to its first scheduler step, to see what its network is given and its scheduler handed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from fastgen.denoiser import map_tensors
+from fastgen.errors import UserError
+from fastgen.pipelines.guidance import PROBE_GUIDANCE
+
+PROBE_LATENTS = 16
+PROBE_PROMPT = "a far longer prompt " * 8
+PROBE_FRAMES = 9
+
+# Where pipelines keep by how much the autoencoder shrinks height and width.
+FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+
+
+class _FirstStep(Exception):
+    """The pipeline has reached its scheduler: everything has been seen."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What happened before the first scheduler step."""
+
+    calls: list[dict[str, Any]]
+    outputs: list[Any]
+    handed: Tensor
+    sample: Tensor
+    timestep: Tensor
+
+
+def record(
+    pipeline: Any,
+    network: nn.Module,
+    prompts: Sequence[str],
+    *,
+    height: int | None,
+    width: int | None,
+    pretend: bool = False,
+    after: int = 0,
+    frames: int | None = None,
+) -> Recording:
+    """Run `pipeline` with guidance on up to its first scheduler step, or the one after so many.
+
+    With `pretend`, zeros answer in the network's place. `frames` is the number of a video's, by default the pipeline's own.
+    """
+    calls: list[dict[str, Any]] = []
+    outputs: list[Any] = []
+    reached: dict[str, Any] = {}
+    forward, step = network.forward, pipeline.scheduler.step
+    signature = inspect.signature(forward)
+
+    def watched_forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        calls.append(arguments)
+        answer = (
+            map_tensors(functools.partial(_no_answer, network), next(iter(arguments.values())))
+            if pretend
+            else forward(*args, **(kwargs | {"return_dict": False}))[0]
+        )
+        outputs.append(answer)
+        return Transformer2DModelOutput(sample=answer)
+
+    @functools.wraps(step)
+    def watched_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal after
+        if after:
+            after -= 1
+            calls.clear()
+            outputs.clear()
+            return step(*args, **kwargs)
+        reached.update(inspect.signature(step).bind(*args, **kwargs).arguments)
+        raise _FirstStep
+
+    guiders = [guider for name in ("guider", "ocr_guider") if (guider := getattr(pipeline, name, None)) is not None]
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(network, "forward", watched_forward))
+        stack.enter_context(_replaced(pipeline.scheduler, "step", watched_step))
+        for guider in guiders:
+            stack.enter_context(_replaced(guider, "guidance_scale", PROBE_GUIDANCE))
+        stack.enter_context(_quiet(pipeline))
+        try:
+            pipeline(**_call_arguments(pipeline, prompts, height, width, frames))
+        except _FirstStep:
+            pass
+        finally:
+            pipeline.maybe_free_model_hooks()
+    if not calls or not reached:
+        raise UserError(f"{type(pipeline).__name__} calls no network and scheduler in the usual way; it cannot be distilled")
+    return Recording(calls, outputs, reached["model_output"], reached["sample"], torch.as_tensor(reached["timestep"]))
+
+
+def _no_answer(network: Any, sample: Tensor) -> Tensor:
+    """Zeros in the shape of what `network` answers to `sample`: twice the channels where it predicts a variance too."""
+    config = network.config
+    channels, out = config.get("in_channels"), config.get("out_channels")
+    doubled = bool(config.get("learn_sigma")) or (channels is not None and out == 2 * channels)
+    zeros = torch.zeros_like(sample)
+    return torch.cat([zeros, zeros], 1) if doubled else zeros
+
+
+def _call_arguments(
+    pipeline: Any, prompts: Sequence[str], height: int | None, width: int | None, frames: int | None
+) -> dict[str, Any]:
+    wanted = {
+        "prompt": list(prompts),
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "use_resolution_binning": False,
+        "pag_scale": 0.0,
+        "num_inference_steps": 2,
+        "guidance_scale": PROBE_GUIDANCE,
+        "distilled_guidance_scale": PROBE_GUIDANCE,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+    }
+    known = inspect.signature(type(pipeline).__call__).parameters
+    if guidance_argument(pipeline) == "true_cfg_scale":
+        wanted |= {"true_cfg_scale": PROBE_GUIDANCE, "negative_prompt": [""] * len(prompts), "guidance_scale": None}
+    if "prompt" not in known:
+        raise UserError(f"{type(pipeline).__name__} takes no prompt; only text-conditioned pipelines can be distilled")
+    return {key: value for key, value in wanted.items() if key in known and value is not None}
+
+
+def guidance_argument(pipeline: Any) -> str:
+    """By which argument the pipeline guides unless it is told otherwise."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("true_cfg_scale")
+    usual = parameter is not None and isinstance(parameter.default, (int, float)) and parameter.default > 1
+    return "true_cfg_scale" if usual else "guidance_scale"
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Probing is no user's doing, so nobody is warned of the odd prompts it takes."""
+    levels = [(each, each.get_verbosity()) for each in (diffusers_logging, transformers_logging)]
+    for library, _ in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
+def sample_and_time(network: nn.Module) -> tuple[str, str]:
+    """What a network calls its noisy latents and its time."""
+    names = list(inspect.signature(network.forward).parameters)
+    return names[0], "timestep" if "timestep" in names else names[1]
+
+
+def probe(
+    pipeline: Any, network: nn.Module, height: int | None, width: int | None
+) -> tuple[Recording, Recording, Recording, Recording]:
+    """Three prompts at full size, two through the real network, a long one, and a step that tells the scale of time."""
+    full = record(pipeline, network, ["a", "b c", "d"], height=height, width=width, pretend=True)
+    small = PROBE_LATENTS * _vae_factor(pipeline)
+    pixels = [min(x, small) for x in _pixels(pipeline, full.sample, height, width)]
+    real = record(pipeline, network, ["a", "b c"], height=pixels[0], width=pixels[1], frames=PROBE_FRAMES)
+    long = record(pipeline, network, [PROBE_PROMPT], height=height, width=width, pretend=True)
+    if torch.as_tensor(real.calls[0][sample_and_time(network)[1]]).any():
+        return full, real, long, real
+    # A time that runs the other way starts at 0, which tells no scale.
+    return full, real, long, record(pipeline, network, ["a"], height=height, width=width, pretend=True, after=1)
+
+
+def _pixels(pipeline: Any, sample: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+    """The resolution of a recorded call in pixels."""
+    if height and width:
+        return height, width
+    factor = _vae_factor(pipeline)
+    if sample.ndim >= 4:
+        return height or sample.shape[-2] * factor, width or sample.shape[-1] * factor
+    known = inspect.signature(type(pipeline).__call__).parameters
+    default = getattr(pipeline, "default_sample_size", PROBE_LATENTS) * factor
+    return height or known["height"].default or default, width or known["width"].default or default
+
+
+def _vae_factor(pipeline: Any) -> int:
+    """By how much the autoencoder shrinks height and width."""
+    return next((int(getattr(pipeline, name)) for name in FACTORS if hasattr(pipeline, name)), 8)
