@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,38 @@ def test_learned_variance_is_dropped() -> None:
         ours = pipeline.frozen()(xt, t, condition).output
         theirs = diffusers.unet(xt, 499, condition.inputs["encoder_hidden_states"]).sample
     assert theirs.shape[1] == 8 and relative(ours, theirs[:, :4]) < 1e-6
+
+
+def test_learned_variance_is_dropped_before_guidance() -> None:
+    from fastgen.pipelines.tiny.prompted_transformers import pixart
+
+    pipeline = Pipeline.wrap(pixart(), height=64, width=64)
+    assert (pipeline.form.guides, pipeline.form.learns_variance) == ("batched", True)
+    condition, xt, t = pipeline.encode_prompts(PROMPTS), torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
+    with torch.no_grad():
+        assert pipeline.frozen()(xt, t, condition).output.shape == xt.shape
+
+
+def test_learning_a_pipeline_prints_nothing_and_leaves_the_loggers_alone() -> None:
+    seen: list[str] = []
+    watching = logging.Handler()
+    watching.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.addHandler(watching)
+        each.setLevel(logging.WARNING)
+    try:
+        diffusers = tiny.sd15()
+        seen.clear()
+        pipeline = Pipeline.wrap(diffusers)
+        assert seen == [] and [each.level for each in loggers] == [logging.WARNING] * 2
+        pipeline.encode_prompts(["a prompt of the user's that is far too long " * 8])
+        assert any("truncated" in each for each in seen)
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.removeHandler(watching)
+            each.setLevel(level)
 
 
 def test_half_precision_networks_get_what_they_can_read() -> None:

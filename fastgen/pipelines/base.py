@@ -276,6 +276,8 @@ class Pipeline:
 
     def _latent_statistics(self, raw: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The shift and scale with which latents = (raw - shift) * scale; `raw` is the autoencoder's [B, C, H, W]."""
+        if getattr(self.diffusers, "movq", None) is not None:  # Kandinsky's latents are taken as they come.
+            return 0.0, 1.0
         config = self.autoencoder.config
         scale = getattr(config, "scaling_factor", None) or 1.0
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
