@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
 from fastgen.denoiser import Condition, Denoiser, Groups, guide, map_tensors
 from fastgen.errors import UserError
-from fastgen.pipelines.guidance import renormalised_guide
+from fastgen.pipelines.guidance import partial_guide, renormalised_guide
 from fastgen.pipelines.probing import guidance_argument
 from fastgen.pipelines.recording import (
     CallForm,
@@ -234,6 +234,8 @@ class Pipeline:
 
     def guide(self, yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor:
         """Combine a conditional and an unconditional output as the pipeline does; `scale` as in `fastgen.denoiser.Guided`."""
+        if self.form.guided_channels is not None:
+            return partial_guide(yes, no, scale, self.form.guided_channels)
         return renormalised_guide(yes, no, scale) if self.form.renormalises else guide(yes, no, scale)
 
     def _manners(self) -> dict[str, Any]:

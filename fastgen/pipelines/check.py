@@ -29,6 +29,7 @@ from fastgen.process import Flow
 
 PIXELS = 64
 FRAMES = 9
+SHORTER = {"num_frames": FRAMES, "enable_prompt_rewrite": False}
 GUIDANCE = 4.0
 EXACT = 1e-5
 
@@ -176,14 +177,16 @@ def _examine(row: Row, diffusers: Any, pipeline: Pipeline, condition: Condition)
 
 
 def _shorten(diffusers: Any) -> None:
-    """Make a pipeline of videos draw a few frames unless it is told otherwise."""
+    """Make a pipeline draw a few frames and take prompts as they are, unless it is told otherwise."""
     own = type(diffusers)
-    if "num_frames" not in inspect.signature(own.__call__).parameters:
+    known = inspect.signature(own.__call__).parameters
+    shorter = {key: value for key, value in SHORTER.items() if key in known}
+    if not shorter:
         return
 
     @functools.wraps(own.__call__)
     def short(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own.__call__(self, *args, **({"num_frames": FRAMES} | kwargs))
+        return own.__call__(self, *args, **(shorter | kwargs))
 
     diffusers.__class__ = type(own.__name__, (own,), {"__call__": short, "__module__": own.__module__})
 

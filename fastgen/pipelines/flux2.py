@@ -13,7 +13,7 @@ from fastgen.pipelines.base import Pipeline
 class Flux2(Pipeline):
     """FLUX.2 dev, which embeds its guidance, and klein, which guides with two calls or, distilled, not at all."""
 
-    handles: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline")
+    handles: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
 
     def pack(self, latents: Tensor) -> Tensor:
         diffusers: Any = self.diffusers

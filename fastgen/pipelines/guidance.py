@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fastgen.denoiser import guide
 from fastgen.errors import UserError
 
 PROBE_GUIDANCE = 3.0
+PARTIAL = 3
 
 Guides = Literal["batched", "paired", "single"]
 """One call with [null, condition] stacked, two calls, or one call without an unconditional part."""
@@ -43,6 +45,13 @@ def read_guidance(outputs: Sequence[Tensor], handed: Tensor, name: str, signs: S
 
     best = min(options, key=error)
     if error(best) > 0.02:
+        for sign, null_first in itertools.product(signs, (True, False)):
+            partly = partial_guide(*((b, a) if null_first else (a, b)), PROBE_GUIDANCE, PARTIAL)
+            if _distance(sign * handed, partly) <= 0.02:
+                return {"guides": guides, "sign": sign, "null_first": null_first} | {
+                    "guided_channels": PARTIAL,
+                    "guidance_offset": 0.0,
+                }
         raise UserError(
             f"{name} combines its guided outputs in an unknown way (off by {error(best):.2g} from the nearest known)"
         )
@@ -53,6 +62,11 @@ def renormalised_guide(yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor
     """Guidance that keeps the conditional output's norm along the last dimension (Lin et al. 2024, section 3.4, per token)."""
     both = guide(yes, no, scale)
     return both * (yes.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))
+
+
+def partial_guide(yes: Tensor, no: Tensor, scale: float | Tensor, channels: int) -> Tensor:
+    """Guidance of the first `channels` channels alone, as in DiT (Peebles and Xie 2023) and Lumina-Next."""
+    return torch.cat([guide(yes, no, scale)[:, :channels], yes[:, channels:]], 1)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -36,10 +36,11 @@ class CallForm:
     `time_scale` times a scheduler's timestep is what the network gets, or with `time_reversed` times what is left of the
     schedule. `null_first` is the order of the two halves, or of the two calls. `guidance_offset` plus the pipeline's scale is
     the scale in the convention u + g (c - u); `renormalises`: the result then gets the conditional output's norm along the last
-    dimension. `guidance_factor` times an embedded scale is what the network gets. `sign` times an output is what the scheduler
-    gets. `sizes` mirrors the arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where
-    it has none. `lengths` tells of arguments whose length depends on the prompt. `sample_lists`: the noisy latents go in, and
-    come out, as a list of one tensor a sample, with a frame axis.
+    dimension; with `guided_channels` so many channels are guided and the others are the conditional output's. `guidance_factor`
+    times an embedded scale is what the network gets. `sign` times an output is what the scheduler gets. `sizes` mirrors the
+    arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none. `lengths`
+    tells of arguments whose length depends on the prompt. `sample_lists`: the noisy latents go in, and come out, as a list of
+    one tensor a sample, with a frame axis.
     """
 
     sample_name: str
@@ -57,6 +58,7 @@ class CallForm:
     guidance_factor: int = 1
     sign: int = 1
     renormalises: bool = False
+    guided_channels: int | None = None
     sample_lists: bool = False
     lengths: Lengths = field(default_factory=Lengths)
 

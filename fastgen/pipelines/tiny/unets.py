@@ -138,7 +138,9 @@ def ddim(**options: Any) -> DDIMScheduler:
 
 def latent_diffusion() -> LDMTextToImagePipeline:
     """The first latent diffusion model (Rombach et al. 2022): its autoencoder is called vqvae, its text encoder bert."""
-    return LDMTextToImagePipeline(vqvae=vae(4, 4), bert=clip(), tokenizer=clip_tokenizer(), unet=unet(), scheduler=ddim())
+    return LDMTextToImagePipeline(
+        vqvae=vae(4, 4), bert=clip(length=77), tokenizer=clip_tokenizer(), unet=unet(), scheduler=ddim()
+    )
 
 
 def deepfloyd() -> IFPipeline:
@@ -160,10 +162,10 @@ def kandinsky3() -> Kandinsky3Pipeline:
         **{"block_out_channels": (32, 64), "cross_attention_dim": 4, "encoder_hid_dim": WIDTH},
     )
     movq = VQModel(
-        **{"block_out_channels": (32, 64), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8},
+        **{"block_out_channels": (32, 32, 32, 64), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8},
         **{"norm_type": "spatial", "num_vq_embeddings": 12, "vq_embed_dim": 4},
-        **{"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")},
-        **{"up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")},
+        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
     )
     return Kandinsky3Pipeline(
         tokenizer=t5_tokenizer(), text_encoder=t5(), unet=network, scheduler=DDPMScheduler(**BETAS, steps_offset=1), movq=movq
