@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from fastgen.plan.advice import advise
     from fastgen.plan.estimate import estimate
 
+    # torch's own code asks a tensor without values where its data lies.
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     device = "cpu" if args.device == "cpu" else "cuda"
     plan = estimate(wanted, offline=args.offline, device=device)
     result = plan.as_json() | {"gpus": args.gpus, "peak_sharded": plan.sharded(args.gpus)}
