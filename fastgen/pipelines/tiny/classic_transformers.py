@@ -110,7 +110,7 @@ def sd3_perturbed() -> StableDiffusion3PAGPipeline:
     )
 
 
-FLUX_LIKE = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+FLUX_LIKE: dict[str, Any] = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
 FLUX_LIKE |= {"in_channels": 16, "axes_dims_rope": (4, 4, 8)}
 
 

@@ -128,7 +128,7 @@ def qwen_vision(version: int = 2, model: Any = None) -> Any:
     """Qwen 2.5 VL or Qwen 3 VL; its hidden states are the condition of many flow transformers."""
     configuration = Qwen2_5_VLConfig if version == 2 else Qwen3VLConfig
     sections = {"rope_type": "default", "type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
-    text = {"hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 8, "vocab_size": len(SYMBOLS)}
+    text: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 8, "vocab_size": len(SYMBOLS)}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": sections, "pad_token_id": 0}
     if version == 3:
         text |= {"head_dim": 8}
