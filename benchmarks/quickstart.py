@@ -60,7 +60,8 @@ def readme_section(runs: list[dict[str, Any]]) -> str:
     shown = [key for key in COLUMNS if all(key in row["scores"] for row in runs[0]["rows"])]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     several = f"seeds {seeds}, mean ± half the range" if len(runs) > 1 else f"seed {seeds}"
-    minutes = spread([run["seconds"]["all"] / 60 for run in runs], 1)
+    # The first seed's alone: the others may have shared the machine.
+    minutes = f"{runs[0]['seconds']['all'] / 60:.1f}"
     lines = [
         f"`make quickstart` on {os.cpu_count()} CPU cores, {minutes} minutes after the install, held-out prompts "
         f"({several}; `{record(runs)['command']}`):",
