@@ -75,6 +75,10 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 def test_distill_keeps_the_resolved_run_and_goes_on(trained: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = load(trained / "config.toml")
     assert kept.train.lr == 1e-3 and kept.train.steps == 2 and kept.method.gan_weight == 0
+    # As written before an option existed: what is not there has its default.
+    written = (trained / "config.toml").read_text()
+    (trained / "config.toml").write_text("".join(line for line in written.splitlines(True) if not line.startswith("schedule")))
+    assert (trained / "config.toml").read_text() != written
     again = ["distill", str(config), "train.steps=3", "--output", str(trained), "train.lr=1e-3", "--quiet", "--json"]
     assert main([*again, "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out) == {"run": str(trained), "method": "dmd2", "steps": 3}
@@ -112,6 +116,14 @@ def test_an_export_draws_what_the_run_draws(trained: Path, tmp_path: Path, capsy
         assert main(["sample", str(target), "a red cube", "--seed", "3", "-o", str(tmp_path / "out"), "--json", "-q"]) == 0
         pictures.append(np.asarray(Image.open(json.loads(capsys.readouterr().out)[0]["path"]), dtype=int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    asked = ("a red cube", "--guidance", "2", "-o", tmp_path / "other")
+    assert "was made for guidance_scale = 1.0, not for 2.0" in complaint(capsys, "sample", student, *asked)
+    assert "guidance 1, not for" in complaint(capsys, "sample", trained, *asked)
+    assert "not for FewStep, 1 step" in complaint(capsys, "sample", trained, "a red cube", "--steps", "1")
+    for target, flags in ((trained, ["--steps", "1"]), (student, ["--guidance", "2"])):
+        forced = [*flags, "--force", "--output", str(tmp_path / "forced"), "--quiet", "--device", "cpu"]
+        assert main(["sample", str(target), "a red cube", *forced]) == 0
+    assert len(list((tmp_path / "forced").iterdir())) == 2
     assert "exists already" in complaint(capsys, "export", trained, "--output", student)
     assert main(["export", str(trained), "--output", str(student), "--force", "-q", "--device", "cpu"]) == 0
     assert "roles.student" in complaint(capsys, "export", trained, "-q", "-o", tmp_path / "l", "--format", "diffusers-lora")

@@ -19,6 +19,7 @@ from fastgen.errors import UserError
 from fastgen.export import FORMATS, export, read_export, require_own_call
 from fastgen.export.origin import base_hash, shift_of
 from fastgen.pipelines import LoraOptions, Pipeline
+from fastgen.pipelines.tiny import transformers
 from fastgen.samplers import FewStep, even_times
 from tests import tiny_models as tiny
 
@@ -126,6 +127,10 @@ def test_a_run_is_exported_from_either_weights(tmp_path: Path, capsys: pytest.Ca
     card = (tmp_path / "ema" / "README.md").read_text()
     assert "| accuracy | 0.25 |" in card and "averaged over training" in card
     assert "averaged over training" not in (tmp_path / "raw" / "README.md").read_text()
+    measured = {"scores": {"accuracy": 0.25}, "settings": {"updates": 1, "averaged": True}}
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(measured))
+    assert made("run", "-o", str(tmp_path / "since"))[0] == 0
+    assert "accuracy" not in (tmp_path / "since" / "README.md").read_text(), "that was another student"
     new = ("-o", str(tmp_path / "new"))
     for flags, complaint in (
         (("--weights", "best"), "--weights best: must be one of ema, raw"),
@@ -143,3 +148,17 @@ def test_a_run_is_exported_from_either_weights(tmp_path: Path, capsys: pytest.Ca
     status, _, err = made("run", "-o", str(tmp_path / "other"))
     assert status == 2 and "is not a record of fastgen eval" in err
     assert tuple(FORMATS) == fastgen.cli.export.FORMATS
+
+
+def test_a_guider_stays_at_home_and_true_guidance_is_told(tmp_path: Path) -> None:
+    for diffusers in (transformers.hunyuan_image(), transformers.hunyuan_image(guided=False), transformers.qwen_image()):
+        pipeline = Pipeline.wrap(diffusers, height=64, width=64)
+        sampler = FewStep(even_times(2, pipeline.process), gamma=0.0, guidance=2.0 if pipeline.embeds_guidance else 1.0)
+        folder = export(pipeline, pipeline.trainable("student"), sampler, tmp_path / "export")
+        call, index = read_export(folder)["call"], json.loads((folder / "model_index.json").read_text())
+        if pipeline.embeds_guidance:
+            assert call["distilled_guidance_scale"] == 2.0
+        elif "Qwen" in type(diffusers).__name__:
+            assert call["true_cfg_scale"] == 1.0 and "guidance_scale" not in call
+        else:
+            assert index["guider"] == [None, None]

@@ -29,7 +29,7 @@ def test_the_promises_are_held_to_what_was_measured() -> None:
 def test_the_recipe_gives_a_student_for_every_number_of_steps() -> None:
     config = load(recipe(RECIPE))
     assert config.method.stages == list(STUDENT_STEPS)  # type: ignore[attr-defined]
-    ends = [config.train.steps * part // 4 for part in (1, 2, 4)]
+    ends = config.method.ends(config.train.steps)  # type: ignore[attr-defined]
     assert all(end % config.train.checkpoint_every == 0 for end in ends), "every stage ends in a checkpoint"
 
 

@@ -61,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: exists already; name a new file or remove it")
     asked = protocol(args)
     with tempfile.TemporaryDirectory(prefix="fastgen-eval-") as aside:
-        folder = plain_folder(args.target)
+        folder, loaded = plain_folder(args.target), None
         if is_run(args.target):
             say(args, f"exporting {args.target}, so that plain diffusers is measured")
             place = Path(aside) / Path(args.target).resolve().name
-            folder = str(export_run(open_run(args.target, args), place, steps=args.steps))
+            loaded = open_run(args.target, args)
+            folder = str(export_run(loaded, place, steps=args.steps, force=args.force))
         call = call_with(folder, args.steps, args.guidance, force=args.force)
         guidance, steps = call.pop("guidance_scale", None), call.pop("num_inference_steps", None)
         evaluation = evaluate(
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     record = json.loads(json.dumps(asdict(evaluation), default=str))
     record["settings"]["target"] = args.target
+    if loaded is not None:
+        record["settings"] |= {"updates": loaded.step, "averaged": loaded.averaged}
     if args.output is not None:
         emit(argparse.Namespace(json=True), record, "", args.output)
     width = max(map(len, evaluation.scores), default=0)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli.options import add_common, emit, say, writable
-from fastgen.cli.targets import add_run_options, open_run, plain_folder
+from fastgen.cli.targets import add_run_options, chosen_sampler, open_run, plain_folder
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
-    from fastgen.samplers import Sampler
     from fastgen.training.run import LoadedRun
 
 FORMATS = ("diffusers", "diffusers-lora", "kohya", "comfyui", "fused", "single-file")  # fastgen.export's, not importing it
@@ -69,27 +67,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_sampler(loaded: LoadedRun, steps: int | None) -> tuple[Sampler, Sampler]:
-    """The sampler for the number of steps that is asked for, and the one that the student was trained with.
-
-    They differ where the method has none for that number: then the trained one's times are spread anew.
-    """
-    from fastgen.export.origin import shift_of
-    from fastgen.samplers import FewStep, even_times
-
-    own = loaded.method.sampler()
-    try:
-        asked = loaded.method.sampler(steps)
-    except UserError:
-        if steps is None or steps < 1 or not isinstance(own, FewStep):
-            raise
-        return replace(own, times=even_times(steps, loaded.student.process, shift_of(own.times) or 1.0)), own
-    return asked, asked
-
-
 def record_of(run: Path, loaded: LoadedRun) -> dict[str, Any]:
     """What the model card tells of a run: where it comes from, its newest grid of samples, its evaluation where it has one."""
     config, samples, evaluation = loaded.config, newest_samples(run, loaded.step), read_evaluation(run)
+    measured = (evaluation or {}).get("settings", {})
+    if (measured.get("updates", loaded.step), measured.get("averaged", loaded.averaged)) != (loaded.step, loaded.averaged):
+        evaluation = None  # Of another student.
     return {
         **{"method": config.method_name, "base": plain_folder(config.pipeline), "teacher_loras": config.teacher_loras},
         **({"teacher_weights": config.teacher_weights} if config.teacher_weights else {}),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen.cli.options import add_common, checked_device, emit, say, seed, writable
-from fastgen.cli.targets import add_run_options, call_with, is_run, open_run, plain_folder
+from fastgen.cli.targets import add_run_options, call_with, chosen_sampler, is_run, open_run, plain_folder
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,14 +67,13 @@ def from_run(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, I
     from fastgen.samplers import FewStep
 
     loaded = open_run(args.target, args)
-    sampler, pipeline = loaded.method.sampler(args.steps), loaded.pipeline
+    (sampler, trained), pipeline = chosen_sampler(loaded, args.steps), loaded.pipeline
     if args.guidance is not None:
         if not isinstance(sampler, FewStep):
             raise UserError(f"--guidance: the sampler of {loaded.config.method_name} takes none")
-        asked = replace(sampler, guidance=args.guidance)
-        if not args.force:
-            require_trained(asked, sampler)
-        sampler = asked
+        sampler = replace(sampler, guidance=args.guidance)
+    if not args.force:
+        require_trained(sampler, trained)
     for prompt in args.prompts:
         condition = pipeline.encode_prompts([prompt])
         for number in range(first, first + args.number):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from fastgen.cli.options import checked_device
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
+    from fastgen.samplers import Sampler
     from fastgen.training.run import LoadedRun
 
 __all__ = ["add_run_options", "export_run", "is_export", "is_run", "open_run", "plain_folder", "steps_list"]
@@ -35,7 +37,9 @@ def open_run(target: str | Path, args: argparse.Namespace) -> LoadedRun:
     return load_run(Path(target), checkpoint=args.checkpoint, ema=not args.no_ema, device=device, offline=args.offline)
 
 
-def export_run(loaded: LoadedRun, output: Path, *, format: str = "diffusers", steps: int | None = None) -> Path:
+def export_run(
+    loaded: LoadedRun, output: Path, *, format: str = "diffusers", steps: int | None = None, force: bool = False
+) -> Path:
     """Export a run that was read back, with what its model card should tell. Raises UserError as `fastgen.export.export`."""
     from fastgen.export import export
 
@@ -46,7 +50,28 @@ def export_run(loaded: LoadedRun, output: Path, *, format: str = "diffusers", st
         **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
         **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
     }
-    return export(loaded.pipeline, loaded.student, loaded.method.sampler(steps), output, format=format, record=record)
+    sampler, trained = chosen_sampler(loaded, steps)
+    return export(
+        *(loaded.pipeline, loaded.student, sampler, output), format=format, record=record, trained=trained, force=force
+    )
+
+
+def chosen_sampler(loaded: LoadedRun, steps: int | None) -> tuple[Sampler, Sampler]:
+    """The sampler for the number of steps that is asked for, and the one that the student was trained with.
+
+    They differ where the method has none for that number: then the trained one's times are spread anew.
+    """
+    from fastgen.export.origin import shift_of
+    from fastgen.samplers import FewStep, even_times
+
+    own = loaded.method.sampler()
+    try:
+        asked = loaded.method.sampler(steps)
+    except UserError:
+        if steps is None or steps < 1 or not isinstance(own, FewStep):
+            raise
+        return replace(own, times=even_times(steps, loaded.student.process, shift_of(own.times) or 1.0)), own
+    return asked, asked
 
 
 def plain_folder(target: str) -> str:

@@ -31,7 +31,7 @@ from fastgen.errors import UserError
 
 __all__ = ["Cache", "Rows", "digest", "lean", "pick"]
 
-FORMAT = 1
+FORMAT = 2
 ROWS = 256
 OPEN_FILES = 1024
 STALE_SECONDS = 86_400

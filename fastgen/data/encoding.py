@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import fastgen
 from fastgen.data.cache import Cache, Rows, digest
 from fastgen.denoiser import Condition
 from fastgen.pipelines.base import Pipeline
@@ -74,7 +76,8 @@ def cache_images(
 
     A file is the same as long as its path, length and time of change are.
     """
-    names = [name for name, part in pipeline.diffusers.components.items() if isinstance(part, nn.Module) and "vae" in name]
+    names = [name for name, part in pipeline.diffusers.components.items() if isinstance(part, nn.Module)]
+    names = [name for name in names if "vae" in name or pipeline.diffusers.components[name] is pipeline.autoencoder]
     shelf = Cache(cache, "latents", {**made_with(pipeline, names), "size": size})
     states = [path.stat() for path in paths]
     keys = [digest([str(path.absolute()), state.st_size, state.st_mtime_ns]) for path, state in zip(paths, states, strict=True)]
@@ -110,6 +113,8 @@ def made_with(pipeline: Pipeline, components: Sequence[str]) -> dict[str, Any]:
         "options": json.loads(json.dumps(options, default=str)),
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
+        "fastgen": fastgen.__version__,
+        "form": digest(json.loads(json.dumps(asdict(pipeline.form), default=str))),
         "network": digest(configuration(pipeline.network)),
         "resolution": [pipeline.height, pipeline.width],
         "latents": list(pipeline.latent_shape),
@@ -142,9 +147,10 @@ def configuration(component: Any) -> dict[str, Any]:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's weights, names, shapes and precision."""
+    """A digest of a module's own weights, names, shapes and precision, whatever adapters are on it."""
     total = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(module.state_dict().items()):
+    own = {name.replace(".base_layer", ""): value for name, value in module.state_dict().items() if ".lora_" not in name}
+    for name, value in sorted(own.items()):
         if not isinstance(value, Tensor):
             continue
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

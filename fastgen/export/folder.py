@@ -36,6 +36,10 @@ def export_folder(
     spec, scheduler, call = stock_scheduler(pipeline, student, stock)
     whole = copy.copy(pipeline.diffusers)
     whole.register_modules(**{pipeline.network_name: merged(student), "scheduler": scheduler})
+    if getattr(sampler, "guidance", 1.0) == 1:
+        # Guiders are components with a scale of their own; without them such a pipeline does not guide.
+        guiders = [name for name in whole.components if name.endswith("guider")]
+        whole.register_modules(**dict.fromkeys(guiders))
     description = describe(pipeline, student, sampler, format, spec=spec, call=call, record=record)
     if gamma is not None:
         description["custom_pipeline"] = {"file": FILE, "class": custom_name(pipeline)}

@@ -43,7 +43,11 @@ def _call(pipeline: Pipeline, spec: SchedulerSpec) -> dict[str, Any]:
         call["timesteps"] = [sigma * spec.config["num_train_timesteps"] for sigma in call.pop("sigmas")]
     call["guidance_scale"] -= pipeline.form.guidance_offset
     if "guidance_scale" not in known:
-        call.pop("guidance_scale")
+        guidance = call.pop("guidance_scale")
+        if pipeline.embeds_guidance and "distilled_guidance_scale" in known:
+            call["distilled_guidance_scale"] = guidance
+    elif "true_cfg_scale" in known and known["true_cfg_scale"].default > 1 and not pipeline.embeds_guidance:
+        call["true_cfg_scale"] = call.pop("guidance_scale")
     for key in call:
         if key not in known:
             raise UserError(f"{name} takes no {key!r}, which this sampler needs; choose evenly spaced times for the student")

@@ -227,7 +227,9 @@ def check_same(config: RunConfig, text: str, path: Path) -> None:
     """Raise UserError, naming key and both values, where the run of the config at `path` is not this one."""
     try:
         theirs = flat(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # Options that did not exist when the run was started have their defaults.
+        theirs = flat(configuration.load(path).to_toml()) | theirs
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"{path}: is not a run's configuration ({error})") from error
     mine = flat(text)
     curriculum = type(config.method).advance is not Method.advance
