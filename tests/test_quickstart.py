@@ -34,7 +34,7 @@ def test_the_recipe_gives_a_student_for_every_number_of_steps() -> None:
 
 
 def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["train.steps=4", "train.checkpoint_every=1", "train.batch=2", "train.sample_every=0", "data.pool=64"]
+    small = ["train.steps=6", "train.checkpoint_every=1", "train.batch=2", "train.sample_every=0", "data.pool=64"]
     command = ["quickstart", *small, "--output", str(tmp_path / "out"), "--number", "20", "--quiet", "--json"]
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import fastgen
+from fastgen import __version__
 from fastgen.data.cache import Cache, Rows, digest
 from fastgen.denoiser import Condition
 from fastgen.pipelines.base import Pipeline
@@ -113,7 +113,7 @@ def made_with(pipeline: Pipeline, components: Sequence[str]) -> dict[str, Any]:
         "options": json.loads(json.dumps(options, default=str)),
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
-        "fastgen": fastgen.__version__,
+        "fastgen": __version__,
         "form": digest(json.loads(json.dumps(asdict(pipeline.form), default=str))),
         "network": digest(configuration(pipeline.network)),
         "resolution": [pipeline.height, pipeline.width],

@@ -227,10 +227,10 @@ def check_same(config: RunConfig, text: str, path: Path) -> None:
     """Raise UserError, naming key and both values, where the run of the config at `path` is not this one."""
     try:
         theirs = flat(path.read_text(encoding="utf-8"))
-        # Options that did not exist when the run was started have their defaults.
-        theirs = flat(configuration.load(path).to_toml()) | theirs
-    except (OSError, ValueError, UserError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not a run's configuration ({error})") from error
+    # Options that did not exist when the run was started have their defaults.
+    theirs = flat(RunConfig(config.method_name, type(config.method)()).to_toml()) | theirs
     mine = flat(text)
     curriculum = type(config.method).advance is not Method.advance
     for key in [*mine, *(key for key in theirs if key not in mine)]:
