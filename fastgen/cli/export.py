@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli.options import add_common, emit, say, writable
-from fastgen.cli.targets import add_run_options, chosen_sampler, open_run, plain_folder
+from fastgen.cli.targets import add_run_options, export_run, open_run
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,17 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if args.weights == "ema" and not loaded.averaged:
         raise UserError(f"--weights ema: {loaded.checkpoint} holds no average (train.ema is off); export it with --weights raw")
 
-    from fastgen.export import export, read_export
+    from fastgen.export import read_export
 
     say(args, f"exporting {loaded.checkpoint}{' (averaged weights)' if loaded.averaged else ''}")
-    sampler, trained = chosen_sampler(loaded, args.steps)
-    folder = export(
-        *(loaded.pipeline, loaded.student, sampler, args.output),
-        format=args.format,
-        record=record_of(args.run, loaded),
-        trained=trained,
-        force=args.force,
-    )
+    options = {"format": args.format, "steps": args.steps, "force": args.force}
+    folder = export_run(loaded, args.output, **options, more=seen_in(args.run, loaded))
     description = read_export(folder)
     call = ", ".join(f"{key}={value!r}" for key, value in description["call"].items())
     result = {
@@ -67,17 +61,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def record_of(run: Path, loaded: LoadedRun) -> dict[str, Any]:
-    """What the model card tells of a run: where it comes from, its newest grid of samples, its evaluation where it has one."""
-    config, samples, evaluation = loaded.config, newest_samples(run, loaded.step), read_evaluation(run)
+def seen_in(run: Path, loaded: LoadedRun) -> dict[str, Any]:
+    """What a run's directory has to show in the model card: its newest grid of samples, its evaluation where it has one."""
+    samples, evaluation = newest_samples(run, loaded.step), read_evaluation(run)
     measured = (evaluation or {}).get("settings", {})
     if (measured.get("updates", loaded.step), measured.get("averaged", loaded.averaged)) != (loaded.step, loaded.averaged):
         evaluation = None  # Of another student.
     return {
-        **{"method": config.method_name, "base": plain_folder(config.pipeline), "teacher_loras": config.teacher_loras},
-        **({"teacher_weights": config.teacher_weights} if config.teacher_weights else {}),
-        **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
-        **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
         **({} if samples is None else {"samples": str(samples)}),
         **({} if evaluation is None else {"evaluation": evaluation}),
     }

@@ -38,9 +38,18 @@ def open_run(target: str | Path, args: argparse.Namespace) -> LoadedRun:
 
 
 def export_run(
-    loaded: LoadedRun, output: Path, *, format: str = "diffusers", steps: int | None = None, force: bool = False
+    loaded: LoadedRun,
+    output: Path,
+    *,
+    format: str = "diffusers",
+    steps: int | None = None,
+    force: bool = False,
+    more: dict[str, Any] | None = None,
 ) -> Path:
-    """Export a run that was read back, with what its model card should tell. Raises UserError as `fastgen.export.export`."""
+    """Export a run that was read back, with what its model card should tell and `more` of it.
+
+    Raises UserError as `fastgen.export.export`.
+    """
     from fastgen.export import export
 
     config = loaded.config
@@ -49,6 +58,7 @@ def export_run(
         **({"teacher_weights": config.teacher_weights} if config.teacher_weights else {}),
         **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
         **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
+        **(more or {}),
     }
     sampler, trained = chosen_sampler(loaded, steps)
     return export(

@@ -19,6 +19,7 @@ from fastgen.export.lora import require_adapter
 from fastgen.export.model_card import write_card
 from fastgen.export.scheduler import stock_scheduler
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.probing import GUIDERS
 from fastgen.samplers import Sampler
 
 
@@ -37,9 +38,8 @@ def export_folder(
     whole = copy.copy(pipeline.diffusers)
     whole.register_modules(**{pipeline.network_name: merged(student), "scheduler": scheduler})
     if getattr(sampler, "guidance", 1.0) == 1:
-        # Guiders are components with a scale of their own; without them such a pipeline does not guide.
-        guiders = [name for name in whole.components if name.endswith("guider")]
-        whole.register_modules(**dict.fromkeys(guiders))
+        # Without its guiders such a pipeline does not guide.
+        whole.register_modules(**dict.fromkeys(name for name in GUIDERS if name in whole.components))
     description = describe(pipeline, student, sampler, format, spec=spec, call=call, record=record)
     if gamma is not None:
         description["custom_pipeline"] = {"file": FILE, "class": custom_name(pipeline)}

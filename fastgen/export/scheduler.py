@@ -11,6 +11,7 @@ import torch
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.probing import guidance_argument
 from fastgen.process import VP
 from fastgen.samplers import Sampler, SchedulerSpec
 
@@ -46,7 +47,7 @@ def _call(pipeline: Pipeline, spec: SchedulerSpec) -> dict[str, Any]:
         guidance = call.pop("guidance_scale")
         if pipeline.embeds_guidance and "distilled_guidance_scale" in known:
             call["distilled_guidance_scale"] = guidance
-    elif "true_cfg_scale" in known and known["true_cfg_scale"].default > 1 and not pipeline.embeds_guidance:
+    elif guidance_argument(pipeline.diffusers) == "true_cfg_scale" and not pipeline.embeds_guidance:
         call["true_cfg_scale"] = call.pop("guidance_scale")
     for key in call:
         if key not in known:

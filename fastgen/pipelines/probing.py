@@ -23,6 +23,9 @@ PROBE_LATENTS = 16
 PROBE_PROMPT = "a far longer prompt " * 8
 PROBE_FRAMES = 9
 
+# Components of a pipeline that hold a guidance scale of their own.
+GUIDERS = ("guider", "ocr_guider")
+
 # Where pipelines keep by how much the autoencoder shrinks height and width.
 FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 
@@ -86,7 +89,7 @@ def record(
         reached.update(inspect.signature(step).bind(*args, **kwargs).arguments)
         raise _FirstStep
 
-    guiders = [guider for name in ("guider", "ocr_guider") if (guider := getattr(pipeline, name, None)) is not None]
+    guiders = [guider for name in GUIDERS if (guider := getattr(pipeline, name, None)) is not None]
     with ExitStack() as stack:
         stack.enter_context(_replaced(network, "forward", watched_forward))
         stack.enter_context(_replaced(pipeline.scheduler, "step", watched_step))
