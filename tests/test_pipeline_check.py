@@ -41,6 +41,12 @@ def test_a_class_that_is_understood(name: str) -> None:
     assert row.parity is not None and row.parity < check.EXACT
 
 
+def test_pipelines_that_rewrite_the_prompts_they_are_given_are_checked_on_the_same_prompts() -> None:
+    before = list(tiny.PROMPTS)
+    assert check.check("ZImagePipeline", "image", tiny.builders()["ZImagePipeline"]).exact
+    assert before == tiny.PROMPTS
+
+
 def test_builders_are_seeded() -> None:
     build = tiny.builders()["StableDiffusionPipeline"]
     first, second = (next(build().unet.parameters()) for _ in range(2))

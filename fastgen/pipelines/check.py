@@ -243,7 +243,8 @@ def _round_trip(vae: Any, images: Tensor) -> Tensor:
 def _decodes(diffusers: Any, pipeline: Pipeline) -> bool:
     """Whether the pipeline's latents decode to the pipeline's pictures."""
     latents, drawn = (
-        diffusers(prompt=PROMPTS, **_options(diffusers, output_type=kind, return_dict=False))[0] for kind in ("latent", "pt")
+        diffusers(prompt=list(PROMPTS), **_options(diffusers, output_type=kind, return_dict=False))[0]
+        for kind in ("latent", "pt")
     )
     if latents.shape[1:] != pipeline.latent_shape:  # FLUX.2 klein hands out the autoencoder's.
         latents = pipeline.pack(latents)
