@@ -21,7 +21,7 @@ class Batch:
     """One micro-batch, already encoded by the pipeline.
 
     `shape` is that of the latents, batch first. `latents` [B, ...] are real data (methods that need images). `noise` and
-    `target` are teacher pairs.
+    `target` are teacher pairs. `prompts` are the texts, one a sample, for rewards that read them.
     """
 
     condition: Condition
@@ -29,6 +29,7 @@ class Batch:
     latents: Tensor | None = None
     noise: Tensor | None = None
     target: Tensor | None = None
+    prompts: tuple[str, ...] = ()
 
 
 Loss = dict[str, Tensor]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastgen"
 
 CORE = {"errors", "process", "denoiser", "samplers"}
-MATHS = {*CORE, "losses", "critics", "pipelines", "method"}
+MATHS = {*CORE, "losses", "critics", "rollouts", "tangents", "backbones", "rewards", "pipelines", "method", "families"}
 MAY_IMPORT = {  # room -> the rooms of fastgen that it may know; a room is a module or a package right under fastgen
     "errors":    set(),
     "schema":    {"errors"},
@@ -23,12 +23,17 @@ MAY_IMPORT = {  # room -> the rooms of fastgen that it may know; a room is a mod
     "denoiser":  {"errors", "process"},
     "samplers":  {"errors", "process", "denoiser"},
     "losses":    CORE,
-    "critics":   CORE | {"losses"},
+    "rollouts":  CORE,
+    "tangents":  CORE | {"losses"},
+    "critics":   CORE | {"losses", "backbones"},
+    "backbones": {"errors"},
+    "rewards":   {"errors"},
     "analytic":  CORE,
     "attention": {"errors"},
     "adapters":  {"errors", "process", "denoiser", "attention"},
     "pipelines": CORE | {"adapters", "attention"},
     "method":    CORE | {"pipelines"},
+    "families":  MATHS - {"families"},
     "methods":   MATHS,
     "config":    {"errors", "schema", "method", "methods"},
     "data":      CORE | {"schema", "pipelines", "method", "config"},
@@ -36,7 +41,19 @@ MAY_IMPORT = {  # room -> the rooms of fastgen that it may know; a room is a mod
     "eval":      CORE | {"schema", "adapters", "pipelines", "data", "export"},
     "training":  MATHS | {"schema", "adapters", "attention", "methods", "data", "config", "export"},
 }  # fmt: skip
-TORCH_ALONE = {"errors", "process", "denoiser", "samplers", "losses", "critics", "method", "methods"}
+TORCH_ALONE = {
+    "errors",
+    "process",
+    "denoiser",
+    "samplers",
+    "losses",
+    "rollouts",
+    "tangents",
+    "critics",
+    "method",
+    "families",
+    "methods",
+}
 LEAVES = {"cli", "plan", "quickstart"}  # see everything; nothing sees them
 
 

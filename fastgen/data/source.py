@@ -81,6 +81,8 @@ class Source:
         if self.pairs is not None:
             pairs = self.rows(self.pairs, index).to(self.device).inputs
             batch.noise, batch.target = pairs["noise"], pairs["target"]
+        if self.prompts:
+            batch.prompts = tuple(self.prompts[i] for i in index.tolist())
         return batch
 
     def take(self, index: Tensor) -> Condition:

@@ -14,6 +14,7 @@ from fastgen.errors import UserError
 from fastgen.losses import noised, pseudo_huber
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
+from fastgen.rollouts import walk
 from fastgen.samplers import FewStep, even_times
 
 MOST_STEPS = 8
@@ -144,9 +145,7 @@ class LCM(Method):
     def solve(self, x: Tensor, times: Tensor, start: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         """The guided teacher's DDIM steps from position `start` [B] on the grid to the next point."""
         guided = Guided(self.teacher, 1.0 if self.guidance_low == self.guidance_high == 1 else scale)
-        for i in range(self.solver_steps):
-            x = guided(x, times[start + i], condition).at(times[start + i + 1]).to(x.dtype)
-        return x
+        return walk(guided, x, times, start, self.solver_steps, condition)
 
     def consistency(self, network: Predicts, x: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         """c_skip x + c_out x0 (LCM, equation 9); `scale` [B] is told to a network that embeds it."""

@@ -15,6 +15,7 @@ from fastgen.errors import UserError
 from fastgen.losses import landing, noised, pseudo_huber, snr, squared
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
+from fastgen.rollouts import walk
 from fastgen.samplers import FewStep, even_times
 
 
@@ -156,8 +157,6 @@ class Progressive(Method):
 
     def target(self, xt: Tensor, grid: Tensor, start: Tensor, batch: Batch) -> Tensor:
         """The x0 with which one step of the student from position `start` [B] on `grid` lands where the teacher's steps do."""
-        x = xt
-        for i in range(self.factor):
-            x = self.teacher(x, grid[start + i], batch.condition).at(grid[start + i + 1]).to(xt.dtype)
+        x = walk(self.teacher, xt, grid, start, self.factor, batch.condition)
         x0, _ = landing(self.student.process, xt, grid[start], x, grid[start + self.factor])
         return x0.to(xt.dtype)

@@ -1,6 +1,6 @@
-"""Discriminators on the features of a denoiser. They are ordinary modules; a method makes them players.
+"""Discriminator heads on the features of a network.
 
-The head is that of DMD2 (Yin et al. 2024b, section 4.3 and appendix): convolutions of stride 2 down to one logit. Token
+The head on maps is that of DMD2 (Yin et al. 2024b, section 4.3 and appendix): convolutions of stride 2 down to one logit. Token
 features, as of transformers, get a logit per token instead.
 """
 
@@ -10,32 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from fastgen.denoiser import Condition, Denoiser, Predicts
-from fastgen.errors import UserError
-
-
-def feature_shapes(
-    denoiser: Predicts,
-    layers: Sequence[str],
-    latent_shape: Sequence[int],
-    condition: Condition,
-    device: torch.device | str | None = None,
-) -> list[tuple[int, ...]]:
-    """Shapes, without the batch, of what `layers` give for one latent: one call without gradient.
-
-    `condition` holds one sample. Raises UserError for a layer that gives no tensor of a shape that a head can take.
-    """
-    with torch.no_grad():
-        xt, half = torch.zeros(1, *latent_shape, device=device), torch.full((1,), 0.5, device=device)
-        features = denoiser(xt, half, condition, features=layers).features or {}
-    for layer in layers:
-        shape = tuple(features[layer].shape) if layer in features else None
-        if shape is None or not 2 <= len(shape) <= 5:
-            raise UserError(
-                f"layer {layer!r} gives features of shape {shape}; a critic needs [B, C], [B, N, C] or [B, C, H, W]"
-            )
-    return [tuple(features[layer].shape[1:]) for layer in layers]
 
 
 def groups_for(channels: int) -> int:
@@ -94,20 +68,3 @@ class Heads(nn.Module):
             else:
                 logits.append(head(feature).view(len(feature), -1))
         return torch.cat(logits, 1)
-
-
-class ScoreCritic(nn.Module):
-    """A fake-score network whose features also feed a discriminator (DMD2). `layers` may be empty: a fake score alone."""
-
-    def __init__(self, fake: Denoiser, layers: Sequence[str] = (), shapes: Sequence[tuple[int, ...]] = ()):
-        super().__init__()
-        self.fake, self.layers = fake, tuple(layers)
-        self.heads = Heads(shapes) if layers else None
-
-    def logits(self, features: dict[str, Tensor] | None) -> Tensor:
-        """Logits [B, L] from the features that a call of the fake score with `features=critic.layers` returned."""
-        assert self.heads is not None and features is not None
-        return self.heads([features[layer] for layer in self.layers])
-
-
-__all__ = ["Heads", "ScoreCritic", "feature_shapes", "groups_for", "map_head", "token_head"]

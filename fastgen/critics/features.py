@@ -1,0 +1,85 @@
+"""Discriminators that see noised samples through a denoiser: heads on the features of some of its layers.
+
+They are ordinary modules; a method makes them players.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.critics.heads import Heads
+from fastgen.denoiser import Condition, Denoiser, Predicts
+from fastgen.errors import UserError
+
+
+def feature_shapes(
+    denoiser: Predicts,
+    layers: Sequence[str],
+    latent_shape: Sequence[int],
+    condition: Condition,
+    device: torch.device | str | None = None,
+) -> list[tuple[int, ...]]:
+    """Shapes, without the batch, of what `layers` give for one latent: one call without gradient.
+
+    `condition` holds one sample. Raises UserError for a layer that gives no tensor of a shape that a head can take.
+    """
+    with torch.no_grad():
+        xt, half = torch.zeros(1, *latent_shape, device=device), torch.full((1,), 0.5, device=device)
+        features = denoiser(xt, half, condition, features=layers).features or {}
+    for layer in layers:
+        shape = tuple(features[layer].shape) if layer in features else None
+        if shape is None or not 2 <= len(shape) <= 5:
+            raise UserError(
+                f"layer {layer!r} gives features of shape {shape}; a critic needs [B, C], [B, N, C] or [B, C, H, W]"
+            )
+    return [tuple(features[layer].shape[1:]) for layer in layers]
+
+
+class ScoreCritic(nn.Module):
+    """A fake-score network whose features also feed a discriminator (DMD2). `layers` may be empty: a fake score alone."""
+
+    def __init__(self, fake: Denoiser, layers: Sequence[str] = (), shapes: Sequence[tuple[int, ...]] = ()):
+        super().__init__()
+        self.fake, self.layers = fake, tuple(layers)
+        self.heads = Heads(shapes) if layers else None
+
+    def logits(self, features: dict[str, Tensor] | None) -> Tensor:
+        """Logits [B, L] from the features that a call of the fake score with `features=critic.layers` returned."""
+        assert self.heads is not None and features is not None
+        return self.heads([features[layer] for layer in self.layers])
+
+
+class FeatureCritic(nn.Module):
+    """Heads on features of a denoiser that is shown noised samples: a frozen teacher, or a copy that learns with the heads.
+
+    With a frozen backbone (LADD, Sauer et al. 2024; the discriminator of PCM) `parameters()` are the heads' alone; gradients
+    pass through it to the samples.
+    """
+
+    def __init__(
+        self,
+        backbone: Predicts,
+        layers: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        learns: bool = False,
+        width: int = 1280,
+    ):
+        """`shapes` of the layers' features come from `feature_shapes`. `learns`: the backbone, a `Denoiser`, is trained too."""
+        super().__init__()
+        if learns:
+            self.backbone = backbone
+        else:
+            object.__setattr__(self, "backbone", backbone)
+        self.layers, self.heads = tuple(layers), Heads(shapes, width)
+
+    backbone: Predicts
+
+    def forward(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits [B, L], above zero for real, of noised samples `xt` at times `t` [B]."""
+        features = self.backbone(xt, t, condition, features=self.layers).features or {}
+        logits: Tensor = self.heads([features[layer] for layer in self.layers])
+        return logits

@@ -1,0 +1,44 @@
+"""The terms that methods share. Everything is computed in float32 or better, whatever precision the networks run in."""
+
+from __future__ import annotations
+
+from fastgen.losses.adversarial import (
+    approximate_r1,
+    hinge_critic,
+    hinge_student,
+    least_squares_critic,
+    least_squares_student,
+    nonsaturating_critic,
+    nonsaturating_student,
+    relativistic,
+)
+from fastgen.losses.contrast import contrast
+from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
+from fastgen.losses.distances import pseudo_huber, snr, squared, wide
+from fastgen.losses.draws import logit_normal_times, shared_choice, shared_uniform, uniform_times
+
+__all__ = [
+    "approximate_r1",
+    "contrast",
+    "denoising",
+    "hinge_critic",
+    "hinge_student",
+    "kernel",
+    "landing",
+    "least_squares_critic",
+    "least_squares_student",
+    "level_denoising",
+    "level_target",
+    "logit_normal_times",
+    "noised",
+    "nonsaturating_critic",
+    "nonsaturating_student",
+    "pseudo_huber",
+    "relativistic",
+    "shared_choice",
+    "shared_uniform",
+    "snr",
+    "squared",
+    "uniform_times",
+    "wide",
+]

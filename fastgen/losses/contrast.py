@@ -1,0 +1,25 @@
+"""The difference of two scores, put on the student's samples as a gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.losses.distances import wide
+
+
+def contrast(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """The distribution matching gradient as a loss on the student's samples `x` (DMD2, equation 2; DMD, equations 7 and 8).
+
+    `fake` and `real` are the clean estimates of the fake score and of the teacher for x with noise added. The gradient of
+    the result with respect to `x` is weight (fake - real) / mean|x - real| over the number of elements, the inner mean over
+    each sample; `weight` broadcasts against x. Where that is not finite (a normaliser of zero, an overflow
+    in a network) it is zero.
+    """
+    sample = wide(x)
+    with torch.no_grad():
+        scale = (sample - wide(real)).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+        gradient = torch.nan_to_num(weight * (wide(fake) - wide(real)) / scale, nan=0.0, posinf=0.0, neginf=0.0)
+        target = sample - gradient
+    return 0.5 * F.mse_loss(sample, target)
