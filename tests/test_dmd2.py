@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.analytic import Gaussian, Mixture
 from fastgen.errors import UserError
+from fastgen.families import score_distillation
 from fastgen.methods import dmd2
 from fastgen.methods.dmd2 import DMD2
 from fastgen.process import Prediction
@@ -99,7 +100,7 @@ def test_training_inputs_are_inference_inputs(process: str, exit_at: int, monkey
     method, batch = ready(pipeline, **PLAIN), next(batches(pipeline, 64))
     inputs: list[tuple[Tensor, Tensor]] = []
     method.student.register_forward_hook(lambda module, args, prediction: inputs.append((prediction.xt, prediction.t)))
-    monkeypatch.setattr(dmd2, "shared_choice", lambda count, device: exit_at)
+    monkeypatch.setattr(score_distillation, "shared_choice", lambda count, device: exit_at)
     torch.manual_seed(11)
     trained = method.generate(batch)
     trained_inputs = list(inputs)
