@@ -103,6 +103,16 @@ class FakePipeline:
             row[[int(word) for word in prompt.split()] if prompt else slice(None)] = True
         return Condition({MASK: mask}, null=Condition({MASK: torch.ones_like(mask)}))
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, 8 H, 8 W] of latents [B, C, H, W], by a fixed linear map."""
+        mixed = torch.stack([latents.mean(1), latents[:, 0], latents[:, -1]], 1)
+        return nn.functional.interpolate(mixed.float(), scale_factor=8).clamp(-1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images [B, 3, 8 H, 8 W]: the mean of every 8 x 8 pixels, the channels over and over."""
+        small = nn.functional.avg_pool2d(images.float(), 8)
+        return torch.stack([small[:, i % 3] for i in range(self.latent_shape[0])], 1)
+
     def frozen(self) -> Predicts:
         if self.teacher is not None:
             return self.teacher
@@ -141,13 +151,25 @@ def learn_teacher(pipeline: FakePipeline, updates: int, size: int = 128, lr: flo
     pipeline.base.load_state_dict(base.state_dict())
 
 
-def batches(pipeline: Any, size: int, prompts: Sequence[str] = ("0", "1")) -> Iterator[Batch]:
-    """Endless batches; latents are the closed-form teacher's data where there is one, else noise."""
+def batches(pipeline: Any, size: int, prompts: Sequence[str] = ("0", "1"), *, pairs: bool = False) -> Iterator[Batch]:
+    """Endless batches; latents are the closed-form teacher's data where there is one, else noise.
+
+    With `pairs` they carry noise and target too: where the teacher's ODE leads from that noise, or else noise.
+    """
     while True:
-        condition = pipeline.encode_prompts([prompts[i % len(prompts)] for i in range(size)])
+        texts = tuple(prompts[i % len(prompts)] for i in range(size))
+        condition = pipeline.encode_prompts(texts)
         shape = (size, *pipeline.latent_shape)
-        latents = pipeline.teacher.sample(condition).float() if pipeline.teacher is not None else torch.randn(shape)
-        yield Batch(condition, shape, latents)
+        batch = Batch(condition, shape, torch.randn(shape), prompts=texts)
+        if pairs:
+            batch.noise, batch.target = torch.randn(shape), torch.randn(shape)
+        if pipeline.teacher is not None:
+            batch.latents = pipeline.teacher.sample(condition).float()
+        if pipeline.teacher is not None and batch.noise is not None:
+            one = torch.ones(size)
+            start = batch.noise * pipeline.process.initial_scale(one).view(-1, *[1] * (len(shape) - 1))
+            batch.target = pipeline.teacher.flow_map(start, one, torch.zeros(size), condition).float()
+        yield batch
 
 
 def train(
