@@ -8,9 +8,10 @@ if __name__ != "fastgen.pipelines":
 from fastgen.adapters import LoraOptions
 from fastgen.pipelines.base import Pipeline
 from fastgen.pipelines.cogview4 import CogView4
-from fastgen.pipelines.flux import Flux
+from fastgen.pipelines.cosmos2 import Cosmos2
 from fastgen.pipelines.flux2 import Flux2
 from fastgen.pipelines.loading import load_pipeline
-from fastgen.pipelines.qwen import QwenImage
+from fastgen.pipelines.prx_pixel import PRXPixel
+from fastgen.pipelines.sana_sprint import SanaSprint
 
-__all__ = ["CogView4", "Flux", "Flux2", "LoraOptions", "Pipeline", "QwenImage", "load_pipeline"]
+__all__ = ["CogView4", "Cosmos2", "Flux2", "LoraOptions", "PRXPixel", "Pipeline", "SanaSprint", "load_pipeline"]

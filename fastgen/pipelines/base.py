@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import VQModel
 from torch import Tensor, nn
 
 from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
 from fastgen.denoiser import Condition, Denoiser, Groups, guide, map_tensors
 from fastgen.errors import UserError
+from fastgen.pipelines.autoencoding import (
+    autoencoder,
+    decode_latents,
+    encode_images,
+    encodes_frames,
+    latent_statistics,
+    pack_patches,
+    unpack_patches,
+)
 from fastgen.pipelines.guidance import partial_guide, renormalised_guide
 from fastgen.pipelines.probing import guidance_argument
-from fastgen.pipelines.recording import (
-    CallForm,
-    learn_form,
-    merge,
-    read_scheduler,
-    record_condition,
-    stacked,
-)
+from fastgen.pipelines.recording import COMPANION, CallForm, learn_form, merge, read_scheduler, record_condition
 from fastgen.pipelines.stable_diffusion import embed_guidance, with_guidance_embedding
 from fastgen.process import Kind, Process
 
@@ -44,6 +46,9 @@ UNET_TARGETS = (
 TRANSFORMER_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    *("img_qkv_proj", "txt_kv_proj", "gate_proj", "up_proj", "down_proj"),
+    *("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
+    *("feed_forward.in_layer", "feed_forward.out_layer"),
 )
 
 
@@ -58,6 +63,10 @@ class Pipeline:
 
     handles: ClassVar[tuple[str, ...]] = ()
     """Names of the diffusers classes that a family's subclass serves."""
+    knows_time: ClassVar[bool] = False
+    """Whether a family's `network_time` follows from our time alone, not from the scheduler's timestep at some scale."""
+    scheduler_scale: float = 1.0
+    """What the scheduler's latents are times ours."""
 
     process: Process
     kind: Kind
@@ -81,9 +90,9 @@ class Pipeline:
         self.height, self.width = height, width
         self.gradient_checkpointing = gradient_checkpointing
         self.network_name = network_name(diffusers)
-        self.process, self.kind = read_scheduler(diffusers.scheduler)
+        self.process, self.kind = self.read_scheduler()
         self._freeze()
-        self.form: CallForm = learn_form(diffusers, self.network, height, width)
+        self.form: CallForm = learn_form(self)
         self.latent_shape, self.embeds_guidance = self.form.latent_shape, self.form.embeds_guidance
         self.default_guidance = self._default_guidance()
         self.feature_layers, self.lora_targets = feature_layers(self.network), lora_targets(self.network)
@@ -117,7 +126,7 @@ class Pipeline:
 
     @property
     def autoencoder(self) -> Any:
-        """Between images and latents; for videos, frames in the third dimension."""
+        """Between images and latents; for videos, frames in the third dimension. None where pixels are denoised."""
         return autoencoder(self.diffusers)
 
     @property
@@ -155,29 +164,49 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, *latent_shape] of `images` [B, 3, H, W] in [-1, 1], float32: the posterior's mean, scaled and shifted."""
-        vae = self.autoencoder
-        images = images.to(vae.dtype)
-        answer = vae.encode(images.unsqueeze(2) if encodes_frames(vae) else images)
-        raw = raw_latents(answer)
+        if self.autoencoder is None:
+            return images.float()
+        raw = encode_images(self.autoencoder, images.to(self.autoencoder.dtype))
         mean, scale = self._latent_statistics(raw)
         return self.pack((raw.float() - mean) * scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] of `latents`, about [-1, 1], float32; differentiable. Videos are [B, 3, frames, H, W]."""
-        vae = self.autoencoder
+        if self.autoencoder is None:
+            return latents.float()
         raw = self.unpack(latents)
         mean, scale = self._latent_statistics(raw)
-        exact = {"force_not_quantize": True} if isinstance(vae, VQModel) else {}
-        image: Tensor = vae.decode((raw / scale + mean).to(vae.dtype), return_dict=False, **exact)[0]
-        return (image.squeeze(2) if image.ndim == 5 else image).float()
+        return decode_latents(self.autoencoder, (raw / scale + mean).to(self.autoencoder.dtype)).float()
 
     def pack(self, latents: Tensor) -> Tensor:
-        """From the autoencoder's layout to the network's; the same, but in families that pack."""
-        return latents
+        """From the autoencoder's layout to the network's, which may be square patches as tokens [B, tokens, channels]."""
+        return pack_patches(latents, self._patch) if len(self.latent_shape) == 2 else latents
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """Inverse of `pack`."""
-        return latents
+        """Inverse of `pack`, for images of the pipeline's resolution."""
+        if latents.ndim != 3:
+            return latents
+        height, width = self.form.pixels
+        raw = unpack_patches(latents, self._patch, round(math.sqrt(latents.shape[1] * height / width)))
+        return raw.unsqueeze(2) if encodes_frames(self.autoencoder) else raw
+
+    @property
+    def _patch(self) -> int:
+        """Height and width of the square of latents that is one token."""
+        config = self.autoencoder.config
+        return math.isqrt(self.latent_shape[1] // (config.get("latent_channels") or config["z_dim"]))
+
+    def network_input(self, xt: Tensor, t: Tensor) -> Tensor:
+        """What the network is shown of latents at times `t` [B]: the same, but in families that scale them."""
+        return xt
+
+    def network_output(self, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """The network's output as the scheduler's prediction, which is `kind`'s: the same, but in families that convert it."""
+        return output
+
+    def read_scheduler(self) -> tuple[Process, Kind]:
+        """The noise process and the kind of prediction."""
+        return read_scheduler(self.diffusers.scheduler)
 
     def frozen(self) -> Denoiser:
         """The teacher: the base network without any role's adapter. Nothing of it can be trained."""
@@ -262,12 +291,13 @@ class Pipeline:
         width = getattr(network.config, "time_cond_proj_dim", None)
         if width is not None:
             arguments["timestep_cond"] = embed_guidance(guidance, width).to(dtype)
-        arguments[self.form.sample_name] = list(xt.to(dtype).unsqueeze(2)) if self.form.sample_lists else xt.to(dtype)
-        timestep = self.network_time(t)
-        arguments[self.form.time_name] = timestep.reshape(-1).expand(len(xt))
-        output = stacked(network(**arguments, return_dict=False)[0])
-        output = output.chunk(2, 1)[0] if self.form.learns_variance else output
-        return output if self.form.sign == 1 else -output
+        noisy = self.network_input(xt, t).to(dtype)
+        if self.form.companion is not None:
+            noisy = torch.cat([noisy, arguments.pop(COMPANION)], self.form.companion)
+        arguments[self.form.sample_name] = list(noisy.unsqueeze(2)) if self.form.sample_lists else noisy
+        arguments[self.form.time_name] = self.network_time(t).reshape(-1).expand(len(xt))
+        output = self.form.predicted(network(**arguments, return_dict=False)[0], xt)
+        return self.network_output(output if self.form.sign == 1 else -output, xt, t)
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is told at times `t`."""
@@ -280,14 +310,7 @@ class Pipeline:
         """The shift and scale with which latents = (raw - shift) * scale; `raw` is the autoencoder's [B, C, H, W]."""
         if getattr(self.diffusers, "movq", None) is not None:  # Kandinsky's latents are taken as they come.
             return 0.0, 1.0
-        config = self.autoencoder.config
-        scale = getattr(config, "scaling_factor", None) or 1.0
-        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is None or deviation is None:
-            return getattr(config, "shift_factor", None) or 0.0, scale
-        shape = (1, -1, *[1] * (raw.ndim - 2))
-        shift, spread = (torch.tensor(x, device=raw.device).view(shape) for x in (mean, deviation))
-        return shift, scale / spread
+        return latent_statistics(self.autoencoder, raw)
 
     def _default_guidance(self) -> float:
         if self.form.guides == "single" and not self.embeds_guidance:
@@ -303,7 +326,7 @@ class Pipeline:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         vae = self.autoencoder
-        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae.float()
 
 
@@ -313,33 +336,13 @@ def families(base: type[Pipeline]) -> list[type[Pipeline]]:
 
 
 def network_name(diffusers: Any) -> str:
-    """Which component denoises, "unet" or "transformer". Raises UserError where there is neither, or no autoencoder."""
-    present = [name for name in ("unet", "transformer") if isinstance(getattr(diffusers, name, None), nn.Module)]
+    """Which component denoises: "unet", "transformer", or Cascade's "decoder". Raises UserError where there is none."""
+    present = [name for name in ("unet", "transformer", "decoder") if isinstance(getattr(diffusers, name, None), nn.Module)]
     if not present:
         raise UserError(f"{type(diffusers).__name__} has neither a unet nor a transformer, so there is no denoiser to distil")
-    if autoencoder(diffusers) is None or getattr(diffusers, "scheduler", None) is None:
-        raise UserError(f"{type(diffusers).__name__} lacks a vae or a scheduler; only latent diffusion can be distilled")
+    if getattr(diffusers, "scheduler", None) is None:
+        raise UserError(f"{type(diffusers).__name__} lacks a scheduler, so the noise it was trained with is unknown")
     return present[0]
-
-
-def autoencoder(diffusers: Any) -> Any:
-    """A pipeline's autoencoder, under whichever name; None where it has none."""
-    found = (getattr(diffusers, name, None) for name in ("vae", "movq", "vqvae"))
-    return next((each for each in found if each is not None), None)
-
-
-def raw_latents(answer: Any) -> Tensor:
-    """What an autoencoder's encoder answered, as latents: the posterior's mean where it gives a distribution."""
-    if hasattr(answer, "latent_dist"):
-        mean: Tensor = answer.latent_dist.mode()
-        return mean
-    found: Tensor = answer.latents if hasattr(answer, "latents") else answer.latent
-    return found
-
-
-def encodes_frames(vae: nn.Module) -> bool:
-    """Whether an autoencoder is one for videos, to which an image is a single frame."""
-    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def checkpoint_blocks(network: Any, function: Callable[..., Any] | None = None) -> None:
@@ -356,10 +359,11 @@ def base_dtype(network: nn.Module) -> torch.dtype:
 
 
 def lora_targets(network: nn.Module) -> tuple[str, ...]:
-    """The layers that LoRA adapts by default: those known by name that this network has."""
-    names = [name for name, _ in network.named_modules()]
+    """The layers that LoRA adapts by default: those known by name that this network has, each a single linear map."""
     known = UNET_TARGETS if hasattr(network, "mid_block") else TRANSFORMER_TARGETS
-    return tuple(target for target in known if any(name.endswith("." + target) for name in names))
+    found = {target: [part for name, part in network.named_modules() if name.endswith("." + target)] for target in known}
+    layers = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return tuple(target for target, parts in found.items() if parts and all(isinstance(part, layers) for part in parts))
 
 
 def feature_layers(network: nn.Module) -> tuple[str, ...]:

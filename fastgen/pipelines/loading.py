@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from fastgen.adapters import LoraOptions
 from fastgen.errors import UserError
 from fastgen.pipelines.base import Mode, Pipeline, network_name
+from fastgen.pipelines.fine_tune import replace_network
+from fastgen.pipelines.offloading import Offload, offload_components
+from fastgen.pipelines.quantization import Format, check_formats, quantize_network
 
 Builder = Callable[[Path, torch.dtype], Any]
 """Makes a diffusers pipeline object from a folder, with weights of that precision."""
@@ -42,8 +45,11 @@ def load_pipeline(
     *,
     roles: Mapping[str, Mode] | None = None,
     lora: LoraOptions | None = None,
+    teacher_weights: str = "",
     teacher_loras: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    quantize: Literal["none"] | Format = "none",
+    offload: Offload = "none",
     device: torch.device | str = "cpu",
     offline: bool = False,
     gradient_checkpointing: bool = False,
@@ -54,9 +60,14 @@ def load_pipeline(
 
     `roles` says which roles are trained in full and which as LoRA adapters on the shared base; one that is not named goes as
     the student does, and the student in full where it is not named either.
-    `teacher_loras` are diffusers LoRA files that become part of the teacher. Raises UserError for whatever cannot be loaded.
+    `teacher_weights` is a fine-tuned network in the place of the pipeline's (see `replace_network`), `teacher_loras` are
+    diffusers LoRA files; both become part of the teacher. `quantize` reduces the base's weights, where every role is an adapter
+    (see `fastgen.pipelines.quantization`), `offload` keeps text encoders and autoencoder in the CPU's memory (see
+    `fastgen.pipelines.offloading`). Raises UserError for whatever cannot be loaded.
     """
     source = _folder(path)
+    if quantize != "none":
+        _check_quantized(quantize, roles or {})
     options: dict[str, Any] = {}
     if source is not None:
         options = _check_index(source)
@@ -72,16 +83,38 @@ def load_pipeline(
             )
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError, SafetensorError) as problem:
         raise _load_error(path, source, offline, problem) from problem
-    if builder is None:  # What is merely planned stays where it is, and a LoRA, once merged, weighs nothing.
-        loaded = loaded.to(device)
+    if builder is None:  # What is merely planned stays where it is, and what becomes part of the teacher weighs nothing.
+        if quantize == offload == "none":
+            loaded = loaded.to(device)
+        if teacher_weights:
+            replace_network(loaded, teacher_weights)
         for file in teacher_loras:
             fuse_lora(loaded, file)
+    network = getattr(loaded, network_name(loaded))
+    if quantize != "none":
+        quantize_network(network, quantize, device if builder is None else "cpu")
+    if builder is None and offload != "none":
+        network.to(device)
+        offload_components(loaded, network, device)
+    elif builder is None:
+        loaded = loaded.to(device)
     try:
         return Pipeline.wrap(
             loaded, roles=roles, lora=lora, gradient_checkpointing=gradient_checkpointing, height=height, width=width
         )
     except UserError as problem:
         raise UserError(f"pipeline {path!r}: {problem}") from problem
+
+
+def _check_quantized(quantize: Format, roles: Mapping[str, Mode]) -> None:
+    """Raise UserError where a role is trained in full, since it begins as a copy of the base, or the format cannot be had."""
+    for role, mode in {"student": "full", **roles}.items():
+        if mode != "lora":
+            raise UserError(
+                f'quantize = "{quantize}" is for a base that is not trained, but roles.{role} = "{mode}"; '
+                f'set roles.{role} = "lora", or quantize = "none"'
+            )
+    check_formats(quantize)
 
 
 def _folder(path: str) -> Path | None:

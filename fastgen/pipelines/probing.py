@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastgen.denoiser import map_tensors
 from fastgen.errors import UserError
+from fastgen.pipelines.autoencoding import autoencoder
 from fastgen.pipelines.guidance import PROBE_GUIDANCE
 
 PROBE_LATENTS = 16
@@ -43,6 +44,21 @@ class Recording:
     handed: Tensor
     sample: Tensor
     timestep: Tensor
+    level: float | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen of a pipeline: three prompts at full size, two (or one) through the real network, a long prompt, and a step
+    that tells the scale of time. `alone`: one prompt a call. `pixels`: the height and width of the full size.
+    """
+
+    full: Recording
+    real: Recording
+    long: Recording
+    timed: Recording
+    alone: bool
+    pixels: tuple[int, int]
 
 
 def record(
@@ -55,11 +71,14 @@ def record(
     pretend: bool = False,
     after: int = 0,
     frames: int | None = None,
+    alone: bool = False,
 ) -> Recording:
     """Run `pipeline` with guidance on up to its first scheduler step, or the one after so many.
 
     With `pretend`, zeros answer in the network's place. `frames` is the number of a video's, by default the pipeline's own.
+    `alone`: the pipeline is given the only prompt by itself, not a list of it.
     """
+    index = after
     calls: list[dict[str, Any]] = []
     outputs: list[Any] = []
     reached: dict[str, Any] = {}
@@ -97,14 +116,17 @@ def record(
             stack.enter_context(_replaced(guider, "guidance_scale", PROBE_GUIDANCE))
         stack.enter_context(_quiet(pipeline))
         try:
-            pipeline(**_call_arguments(pipeline, prompts, height, width, frames))
+            pipeline(**_call_arguments(pipeline, prompts[0] if alone else list(prompts), height, width, frames))
         except _FirstStep:
             pass
         finally:
             pipeline.maybe_free_model_hooks()
     if not calls or not reached:
         raise UserError(f"{type(pipeline).__name__} calls no network and scheduler in the usual way; it cannot be distilled")
-    return Recording(calls, outputs, reached["model_output"], reached["sample"], torch.as_tensor(reached["timestep"]))
+    sigmas = getattr(pipeline.scheduler, "sigmas", None)
+    level = None if sigmas is None else float(sigmas[index])
+    timestep = torch.as_tensor(reached["timestep"]).flatten()[0]
+    return Recording(calls, outputs, reached["model_output"], reached["sample"], timestep, level)
 
 
 def _no_answer(network: Any, sample: Tensor) -> Tensor:
@@ -117,10 +139,10 @@ def _no_answer(network: Any, sample: Tensor) -> Tensor:
 
 
 def _call_arguments(
-    pipeline: Any, prompts: Sequence[str], height: int | None, width: int | None, frames: int | None
+    pipeline: Any, prompts: str | list[str], height: int | None, width: int | None, frames: int | None
 ) -> dict[str, Any]:
     wanted = {
-        "prompt": list(prompts),
+        "prompt": prompts,
         "height": height,
         "width": width,
         "num_frames": frames,
@@ -134,7 +156,8 @@ def _call_arguments(
     }
     known = inspect.signature(type(pipeline).__call__).parameters
     if guidance_argument(pipeline) == "true_cfg_scale":
-        wanted |= {"true_cfg_scale": PROBE_GUIDANCE, "negative_prompt": [""] * len(prompts), "guidance_scale": None}
+        empty = "" if isinstance(prompts, str) else [""] * len(prompts)
+        wanted |= {"true_cfg_scale": PROBE_GUIDANCE, "negative_prompt": empty, "guidance_scale": None}
     if "prompt" not in known:
         raise UserError(f"{type(pipeline).__name__} takes no prompt; only text-conditioned pipelines can be distilled")
     return {key: value for key, value in wanted.items() if key in known and value is not None}
@@ -186,19 +209,32 @@ def sample_and_time(network: nn.Module) -> tuple[str, str]:
     return names[0], "timestep" if "timestep" in names else names[1]
 
 
-def probe(
-    pipeline: Any, network: nn.Module, height: int | None, width: int | None
-) -> tuple[Recording, Recording, Recording, Recording]:
-    """Three prompts at full size, two through the real network, a long one, and a step that tells the scale of time."""
-    full = record(pipeline, network, ["a", "b c", "d"], height=height, width=width, pretend=True)
-    small = PROBE_LATENTS * _vae_factor(pipeline)
-    pixels = [min(x, small) for x in _pixels(pipeline, full.sample, height, width)]
-    real = record(pipeline, network, ["a", "b c"], height=pixels[0], width=pixels[1], frames=PROBE_FRAMES)
-    long = record(pipeline, network, [PROBE_PROMPT], height=height, width=width, pretend=True)
-    if torch.as_tensor(real.calls[0][sample_and_time(network)[1]]).any():
-        return full, real, long, real
+def probe(pipeline: Any, network: nn.Module, height: int | None, width: int | None) -> Probe:
+    """See a pipeline at work; with one prompt at a time where it takes, or manages, no more."""
+    try:
+        return _probe(pipeline, network, height, width, alone=False)
+    except UserError:
+        raise
+    except Exception as problem:
+        try:
+            return _probe(pipeline, network, height, width, alone=True)
+        except Exception:
+            raise problem from None
+
+
+def _probe(pipeline: Any, network: nn.Module, height: int | None, width: int | None, alone: bool) -> Probe:
+    def see(prompts: Sequence[str], **options: Any) -> Recording:
+        size = {"height": height, "width": width, "pretend": True}
+        return record(pipeline, network, prompts[:1] if alone else prompts, **size | options, alone=alone)
+
+    full = see(["a", "b c", "d"])
+    pixels = _pixels(pipeline, full.sample, height, width)
+    small = PROBE_LATENTS * max(_vae_factor(pipeline), 8)
+    real = see(["a", "b c"], height=min(pixels[0], small), width=min(pixels[1], small), pretend=False, frames=PROBE_FRAMES)
+    long = see([PROBE_PROMPT])
+    tells = torch.as_tensor(real.calls[0][sample_and_time(network)[1]]).any()
     # A time that runs the other way starts at 0, which tells no scale.
-    return full, real, long, record(pipeline, network, ["a"], height=height, width=width, pretend=True, after=1)
+    return Probe(full, real, long, real if tells else see(["a"], after=1), alone, pixels)
 
 
 def _pixels(pipeline: Any, sample: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
@@ -214,5 +250,7 @@ def _pixels(pipeline: Any, sample: Tensor, height: int | None, width: int | None
 
 
 def _vae_factor(pipeline: Any) -> int:
-    """By how much the autoencoder shrinks height and width."""
+    """By how much the autoencoder shrinks height and width; 1 where there is none."""
+    if autoencoder(pipeline) is None:
+        return 1
     return next((int(getattr(pipeline, name)) for name in FACTORS if hasattr(pipeline, name)), 8)

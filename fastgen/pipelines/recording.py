@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,11 @@ from fastgen.denoiser import Condition, Nest
 from fastgen.errors import UserError
 from fastgen.pipelines.guidance import PROBE_GUIDANCE, Guides, read_guidance
 from fastgen.pipelines.lengths import Lengths, is_list, is_repeated, learn_lengths
-from fastgen.pipelines.probing import probe, record, sample_and_time, silent
-from fastgen.process import VP, Flow, Kind, Process
+from fastgen.pipelines.probing import Recording, probe, record, sample_and_time, silent
+from fastgen.process import EDM, VP, Flow, Kind, Process, Trig
+
+if TYPE_CHECKING:
+    from fastgen.pipelines.base import Pipeline
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
@@ -27,6 +30,9 @@ TIME_SCALES = (1.0, 1e-3)
 
 # Arguments that the wrapped network gets anew at every call, so they are no part of a condition.
 FRESH = ("return_dict", "guidance", "timestep_cond")
+
+# Where a condition keeps what the network is shown beside the noisy latents, in the same tensor.
+COMPANION = "companion of the latents"
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class CallForm:
     times an embedded scale is what the network gets. `sign` times an output is what the scheduler gets. `sizes` mirrors the
     arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none. `lengths`
     tells of arguments whose length depends on the prompt. `sample_lists`: the noisy latents go in, and come out, as a list of
-    one tensor a sample, with a frame axis.
+    one tensor a sample, with a frame axis. `companion`: along this dimension the latents are followed by something that does
+    not change, as the empty place of a reference picture. `alone`: the pipeline takes one prompt a call. `pixels` are the
+    height and width that were recorded.
     """
 
     sample_name: str
@@ -55,12 +63,19 @@ class CallForm:
     sizes: dict[str, Nest]
     latent_shape: tuple[int, ...]
     time_reversed: bool = False
-    guidance_factor: int = 1
+    guidance_factor: float = 1
     sign: int = 1
     renormalises: bool = False
     guided_channels: int | None = None
     sample_lists: bool = False
     lengths: Lengths = field(default_factory=Lengths)
+    companion: int | None = None
+    alone: bool = False
+    pixels: tuple[int, int] = (0, 0)
+
+    def predicted(self, output: Any, latents: Tensor) -> Tensor:
+        """Of a network's output the part that belongs to `latents`: no variance, and nothing of what stood beside them."""
+        return _own_part(output, latents, self.companion)
 
 
 def read_scheduler(scheduler: Any) -> tuple[Process, Kind]:
@@ -72,6 +87,8 @@ def read_scheduler(scheduler: Any) -> tuple[Process, Kind]:
     predicts = config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or predicts == "flow_prediction":
         return Flow(config.get("num_train_timesteps", 1000)), "flow"
+    if name == "SCMScheduler":
+        return Trig(), "v"
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"{name} is neither a variance-preserving nor a flow-matching scheduler; it cannot be distilled")
     if predicts not in KINDS:
@@ -79,26 +96,44 @@ def read_scheduler(scheduler: Any) -> tuple[Process, Kind]:
     return VP(scheduler.alphas_cumprod), KINDS[predicts]
 
 
-def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int | None) -> CallForm:
+def step_time(process: Process, timestep: float, level: float | None) -> float:
+    """Our time of a scheduler's step: from its noise level where it keeps one (which some do not tell as a timestep)."""
+    if level is not None and isinstance(process, Flow):
+        return level
+    if level is not None and isinstance(process, EDM):
+        return float(process.time_at(torch.tensor(level, dtype=torch.float64)))
+    return float(process.time(torch.tensor(timestep, dtype=torch.float64)))
+
+
+def learn_form(pipeline: Pipeline) -> CallForm:
     """Watch the pipeline denoise twice: with two prompts and its real network, small; with three, pretending, full size.
 
     Raises UserError where the pipeline does something to the network's output that fastgen would not repeat.
     """
+    diffusers, network, name = pipeline.diffusers, pipeline.network, type(pipeline.diffusers).__name__
     with silent():
-        full, real, long, timed = probe(pipeline, network, height, width)
-    first, name = real.calls[0], type(pipeline).__name__
+        seen = probe(diffusers, network, pipeline.height, pipeline.width)
+    full, real, long = seen.full, seen.real, seen.long
     sample, time = sample_and_time(network)
-    noisy = stacked(first[sample])
-    if noisy.shape[1:] != real.sample.shape[1:]:
-        raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
-    scale, time_reversed = _read_time(pipeline, timed.calls[0][time], timed.timestep)
-    flows = isinstance(read_scheduler(pipeline.scheduler)[0], Flow)  # A flow may point either way, an epsilon may not.
-    outputs = [_without_variance(stacked(x), noisy) for x in real.outputs]
-    guidance = read_guidance(outputs, _without_variance(real.handed, noisy), name, signs=(1, -1) if flows else (1,))
+    companion = _companion(stacked(real.calls[0][sample]), real.sample, name)
+    for each in (full, real, long):
+        set_companion_apart(each, sample, companion)
+    first = real.calls[0]
+    rows = len(stacked(first[sample]))
+    scale, time_reversed = (1.0, False) if pipeline.knows_time else _read_time(diffusers, seen.timed, time)
+    flows = isinstance(pipeline.process, Flow)  # A flow may point either way, an epsilon may not.
+    predicted = [_own_part(x, real.sample, companion) for x in real.outputs]
+    handed = _own_part(real.handed, real.sample, None) / pipeline.scheduler_scale
+    guidance = read_guidance([_as_handed(pipeline, x, real) for x in predicted], handed, name, signs=(1, -1) if flows else (1,))
     fixed = (sample, time, *FRESH)
-    lists = [key for key in first if key not in fixed and is_list(first[key], full.calls[0][key])]
-    alike = [key for key in first if key not in lists and is_repeated(first[key], full.calls[0][key])]
-    sizes = {key: _sizes(first[key], full.calls[0][key], key) for key in first if key not in (*fixed, *lists, *alike)}
+    if seen.alone:
+        lists: list[str] = []
+        alike: list[str] = []
+        sizes = {key: _sizes_alone(full.calls[0].get(key), rows) for key in first if key not in fixed}
+    else:
+        lists = [key for key in first if key not in fixed and is_list(first[key], full.calls[0][key])]
+        alike = [key for key in first if key not in lists and is_repeated(first[key], full.calls[0][key])]
+        sizes = {key: _sizes(first[key], full.calls[0][key], key) for key in first if key not in (*fixed, *lists, *alike)}
     if first.get("timestep_r") is not None:
         raise UserError(f"{name} is distilled already: its network is told where a step ends as well as where it begins")
     takes_guidance, told = first.get("guidance") is not None, first.get("timestep_cond") is not None
@@ -109,14 +144,52 @@ def learn_form(pipeline: Any, network: nn.Module, height: int | None, width: int
         **guidance,
         takes_guidance=takes_guidance,
         embeds_guidance=takes_guidance or told,
-        learns_variance=stacked(real.outputs[0]).shape[1] == 2 * noisy.shape[1],
+        learns_variance=stacked(real.outputs[0]).shape[1] == 2 * real.sample.shape[1],
         sizes=sizes,
         latent_shape=tuple(full.sample.shape[1:]),
         time_reversed=time_reversed,
-        guidance_factor=round(float(first["guidance"].flatten()[0]) / PROBE_GUIDANCE) if takes_guidance else 1,
+        guidance_factor=_guidance_factor(first["guidance"]) if takes_guidance else 1,
         sample_lists=isinstance(first[sample], (list, tuple)),
         lengths=learn_lengths(full.calls[0], long.calls[0], lists, alike, sizes),
+        companion=companion,
+        alone=seen.alone,
+        pixels=seen.pixels,
     )
+
+
+def _as_handed(pipeline: Pipeline, output: Tensor, real: Recording) -> Tensor:
+    """A recorded output as the scheduler's prediction."""
+    xt = (real.sample / pipeline.scheduler_scale).repeat(len(output) // len(real.sample), *[1] * (real.sample.ndim - 1))
+    t = torch.full((len(xt),), step_time(pipeline.process, float(real.timestep), real.level), dtype=torch.float64)
+    return pipeline.network_output(output, xt, t.to(xt.device))
+
+
+def _guidance_factor(given: Tensor) -> float:
+    factor = float(given.flatten()[0]) / PROBE_GUIDANCE
+    return round(factor) if factor >= 1 else factor
+
+
+def _companion(shown: Tensor, latents: Tensor, name: str) -> int | None:
+    """The dimension along which a network's input holds more than the latents, at its end; None where it holds no more."""
+    if shown.shape[1:] == latents.shape[1:]:
+        return None
+    longer = [i for i in range(1, shown.ndim) if shown.ndim == latents.ndim and shown.shape[i] != latents.shape[i]]
+    if len(longer) == 1 and shown.shape[longer[0]] > latents.shape[longer[0]]:
+        dimension = longer[0]
+        mine = shown[: len(latents)].narrow(dimension, 0, latents.shape[dimension])
+        if torch.cosine_similarity(mine.flatten().float(), latents.flatten().float(), 0) > 0.999:
+            return dimension
+    raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
+
+
+def set_companion_apart(seen: Recording, sample: str, companion: int | None) -> None:
+    """Make an argument of its own of what follows the latents in every recorded call."""
+    if companion is None:
+        return
+    size = seen.sample.shape[companion]
+    for call in seen.calls:
+        call[COMPANION] = call[sample].narrow(companion, size, call[sample].shape[companion] - size)
+        call[sample] = call[sample].narrow(companion, 0, size)
 
 
 def stacked(samples: Any) -> Tensor:
@@ -124,22 +197,34 @@ def stacked(samples: Any) -> Tensor:
     return torch.stack(list(samples)).squeeze(2) if isinstance(samples, (list, tuple)) else samples
 
 
-def _read_time(pipeline: Any, given: Any, timestep: Tensor) -> tuple[float, bool]:
+def _read_time(diffusers: Any, timed: Recording, name: str) -> tuple[float, bool]:
     """How the network's time follows from the scheduler's: by which scale, and whether it runs the other way."""
-    time, own = float(torch.as_tensor(given).flatten()[0]), float(timestep)
-    left = pipeline.scheduler.config.get("num_train_timesteps", 1000) - own
+    time, own = float(torch.as_tensor(timed.calls[0][name]).flatten()[0]), float(timed.timestep)
+    left = diffusers.scheduler.config.get("num_train_timesteps", 1000) - own
     for scale in TIME_SCALES:
         if abs(time - own * scale) <= 1e-2 * own * scale:
             return scale, False
     for scale in TIME_SCALES:
         if abs(time - left * scale) <= 1e-2 * max(left, 1) * scale:
             return scale, True
-    name = type(pipeline).__name__
-    raise UserError(f"{name} tells its network the time {time:.4g} at timestep {own:.4g}, in a way fastgen does not know")
+    kind = type(diffusers).__name__
+    raise UserError(f"{kind} tells its network the time {time:.4g} at timestep {own:.4g}, in a way fastgen does not know")
 
 
-def _without_variance(output: Tensor, sample: Tensor) -> Tensor:
-    return output.chunk(2, 1)[0] if output.shape[1] == 2 * sample.shape[1] else output
+def _own_part(output: Any, latents: Tensor, companion: int | None) -> Tensor:
+    output = stacked(output)
+    if companion is not None:
+        output = output.narrow(companion, 0, latents.shape[companion])
+    return output.chunk(2, 1)[0] if output.shape[1] == 2 * latents.shape[1] else output
+
+
+def _sizes_alone(nest: Nest, rows: int) -> Nest:
+    """As `_sizes`, from a call with one prompt, which has as many `rows` as it answers."""
+    if isinstance(nest, Tensor):
+        return rows if nest.ndim and len(nest) == rows else 0
+    if isinstance(nest, Mapping):
+        return {key: _sizes_alone(value, rows) for key, value in nest.items()}
+    return [_sizes_alone(x, rows) for x in nest] if isinstance(nest, (list, tuple)) else 0
 
 
 def _sizes(two: Nest, three: Nest, name: str) -> Nest:
@@ -160,7 +245,10 @@ def record_condition(
     pipeline: Any, network: nn.Module, form: CallForm, prompts: Sequence[str], height: int | None, width: int | None
 ) -> Condition:
     """The condition of `prompts` as the pipeline makes it; the unconditional twin too, where the pipeline itself guides."""
-    seen = record(pipeline, network, prompts, height=height, width=width, pretend=True)
+    if form.alone and len(prompts) > 1:
+        return Condition.cat([record_condition(pipeline, network, form, [prompt], height, width) for prompt in prompts])
+    seen = record(pipeline, network, prompts, height=height, width=width, pretend=True, alone=form.alone)
+    set_companion_apart(seen, form.sample_name, form.companion)
     if form.guides == "paired":
         yes, no = (seen.calls[1], seen.calls[0]) if form.null_first else (seen.calls[0], seen.calls[1])
         return _condition(yes, form, None, _condition(no, form, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
+import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -144,3 +145,11 @@ def qwen_vae(channels: int = 4) -> AutoencoderKLQwenImage:
         **{"base_dim": 6 * channels, "z_dim": channels, "dim_mult": [1, 2, 4], "num_res_blocks": 1},
         **{"temperal_downsample": [False, True], "latents_mean": [0.1] * channels, "latents_std": [1.5] * channels},
     )
+
+
+def awake(network: Any, std: float = 0.2) -> Any:
+    """The same network with random weights where it was made with zeros, which would let no block say anything."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=std)
+    return network

@@ -25,6 +25,7 @@ from transformers import Qwen3Config, Qwen3Model, Qwen3VLModel
 
 from fastgen.pipelines.tiny.encoders import (
     WIDTH,
+    awake,
     clip,
     clip_tokenizer,
     language_model,
@@ -46,7 +47,7 @@ def prx() -> PRXPipeline:
         **{"num_heads": 2, "depth": 2, "axes_dim": [2, 2]},
     )
     return PRXPipeline(
-        **{"transformer": network, "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae(4, 4)},
+        **{"transformer": awake(network), "scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae(4, 4, shift_factor=0.1)},
         **{"text_encoder": language_model(Qwen3Config, Qwen3Model), "tokenizer": letters()},
     )
 
@@ -58,7 +59,7 @@ def prx_pixel() -> PRXPixelPipeline:
         **{"num_heads": 2, "depth": 1, "axes_dim": [2, 2], "bottleneck_size": 8, "resolution_embeds": True},
     )
     return PRXPixelPipeline(
-        **{"transformer": network, "scheduler": FlowMatchEulerDiscreteScheduler()},
+        **{"transformer": awake(network), "scheduler": FlowMatchEulerDiscreteScheduler()},
         **{"text_encoder": language_model(Qwen3Config, Qwen3Model), "tokenizer": letters()},
     )
 
