@@ -12,7 +12,7 @@ from fastgen.losses.adversarial import (
     nonsaturating_student,
     relativistic,
 )
-from fastgen.losses.contrast import contrast
+from fastgen.losses.contrast import contrast, pull
 from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
 from fastgen.losses.distances import pseudo_huber, snr, squared, wide
 from fastgen.losses.draws import logit_normal_times, shared_choice, shared_uniform, uniform_times
@@ -34,6 +34,7 @@ __all__ = [
     "nonsaturating_critic",
     "nonsaturating_student",
     "pseudo_huber",
+    "pull",
     "relativistic",
     "shared_choice",
     "shared_uniform",

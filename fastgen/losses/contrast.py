@@ -17,9 +17,18 @@ def contrast(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float = 1.0
     each sample; `weight` broadcasts against x. Where that is not finite (a normaliser of zero, an overflow
     in a network) it is zero.
     """
-    sample = wide(x)
     with torch.no_grad():
+        sample = wide(x)
         scale = (sample - wide(real)).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-        gradient = torch.nan_to_num(weight * (wide(fake) - wide(real)) / scale, nan=0.0, posinf=0.0, neginf=0.0)
-        target = sample - gradient
-    return 0.5 * F.mse_loss(sample, target)
+        gradient = weight * (wide(fake) - wide(real)) / scale
+    return pull(x, gradient)
+
+
+def pull(x: Tensor, gradient: Tensor) -> Tensor:
+    """A loss whose gradient with respect to `x` is `gradient` over the number of elements, and zero where that is not finite.
+
+    Its value is half the mean square of `gradient`.
+    """
+    sample = wide(x)
+    finite = torch.nan_to_num(gradient.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+    return 0.5 * F.mse_loss(sample, (sample - finite).detach())

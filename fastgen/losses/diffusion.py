@@ -16,10 +16,15 @@ def noised(process: Process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return torch.where(t.view(-1, *[1] * (eps.ndim - 1)) >= 1, start, process.add_noise(x0, eps, t)).to(x0.dtype)
 
 
-def denoising(denoiser: Predicts, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """The ordinary diffusion loss in the network's own kind of prediction (DDPM, equation 14, for one that predicts noise)."""
+def denoising(
+    denoiser: Predicts, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition, weight: Tensor | float = 1.0
+) -> Tensor:
+    """The ordinary diffusion loss in the network's own kind of prediction (DDPM, equation 14, for one that predicts noise).
+
+    Each element's square is multiplied with `weight` (broadcast).
+    """
     prediction = denoiser(denoiser.process.add_noise(x0, eps, t).to(x0.dtype), t, condition)
-    return squared(prediction.output, denoiser.process.target(prediction.kind, wide(x0), wide(eps), t))
+    return squared(prediction.output, denoiser.process.target(prediction.kind, wide(x0), wide(eps), t), weight)
 
 
 def level_target(process: Process, xs: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
