@@ -204,7 +204,13 @@ def main() -> None:
         spent = train(name, args.seed, folder, args.updates, args.minutes)
         run = load_run(folder / "run", offline=True)
         rows = measure(run.pipeline, run.student, student_samplers(run.method), args.seed, args.images)
-        record = {"name": name, "budget": spent, "config": run.config.to_toml(), "rows": rows}
+        record = {
+            "name": name,
+            "budget": spent,
+            "own_steps": run.method.sampler().steps,
+            "config": run.config.to_toml(),
+            "rows": rows,
+        }
     flags = "".join(
         f" --{key} {getattr(args, key):g}"
         for key in ("updates", "minutes", "images")
