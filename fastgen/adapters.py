@@ -139,7 +139,15 @@ class AdapterHost:
 
 
 def without_adapters(network: nn.Module) -> nn.Module:
-    """`network` with every LoRA layer replaced, in place, by the layer it adapts."""
+    """`network` with every LoRA layer replaced, in place, by the layer it adapts.
+
+    Raises UserError for a network that is quantised, whose own weights are not there to be trained or written.
+    """
+    if quantized := network.__dict__.get("quantized"):
+        raise UserError(
+            f"the base network is quantised to {quantized[0]}, and its weights can be neither trained nor written; "
+            'load it with quantize = "none"'
+        )
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
             network.set_submodule(name, module.get_base_layer())

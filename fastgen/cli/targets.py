@@ -56,6 +56,7 @@ def export_run(
     record = {
         **{"method": config.method_name, "base": plain_folder(config.pipeline), "teacher_loras": config.teacher_loras},
         **({"teacher_weights": config.teacher_weights} if config.teacher_weights else {}),
+        **({"quantize": config.quantize} if config.quantize != "none" else {}),
         **{"updates": loaded.step, "averaged": loaded.averaged, "config": config.to_toml()},
         **({"prompt": config.train.sample_prompts[0]} if config.train.sample_prompts else {}),
         **(more or {}),

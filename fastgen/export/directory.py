@@ -18,6 +18,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.export.origin import base_hash, shift_of, timesteps_of
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.quantization import quantization_of
 from fastgen.samplers import Sampler, SchedulerSpec
 
 MARK = "fastgen.json"
@@ -79,9 +80,15 @@ def describe(
         "sampler": {"class": type(sampler).__name__, "steps": sampler.steps, **settings},
         "scheduler": {"class": spec.class_name, "config": spec.config},
         "call": dict(call),
-        "base": {"name": record.get("base", ""), "sha256": base_hash(pipeline.network)},
+        "base": {"name": record.get("base", ""), "sha256": base_hash(pipeline.network)} | quantized(pipeline, record),
         "record": dict(record),
     }
+
+
+def quantized(pipeline: Pipeline, record: Mapping[str, Any]) -> dict[str, str]:
+    """The format, if any, that the base's weights had while an adapter was trained; the adapter is for the base itself."""
+    format = quantization_of(pipeline.network) or record.get("quantize", "none")
+    return {} if format == "none" else {"trained_on": format}
 
 
 def metadata(description: Mapping[str, Any]) -> dict[str, str]:
@@ -100,6 +107,8 @@ def metadata(description: Mapping[str, Any]) -> dict[str, str]:
         "scheduler": description["scheduler"]["class"],
         "call": description["call"],
     }
+    if "trained_on" in description["base"]:
+        facts["base_trained_on"] = description["base"]["trained_on"]
     return {"format": "pt"} | {
         f"fastgen.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
     }

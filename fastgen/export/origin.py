@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import nn
 
 from fastgen.denoiser import Denoiser
+from fastgen.pipelines.quantization import weights_sha256
 
 
 def base_hash(network: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a network's weights without its adapters.
-
-    Over its state dictionary in the order of the names, each weight as a line "name dtype shape" in UTF-8 ("conv_in.weight
-    torch.float32 4,3,3,3" and a line feed), then its bytes, little endian, row by row. So it stands for the weights in the
-    precision in which they were loaded, LoRAs merged into them included.
-    """
-    digest = hashlib.sha256()
-    weights = {name.replace(".base_layer", ""): weight for name, weight in network.state_dict().items() if ".lora_" not in name}
-    for name, weight in sorted(weights.items()):
-        shape = ",".join(map(str, weight.shape))
-        digest.update(f"{name} {weight.dtype} {shape}\n".encode())
-        digest.update(memoryview(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    """SHA-256, in hexadecimal, of a network's weights without its adapters; see `weights_sha256`."""
+    return weights_sha256(network)
 
 
 def timesteps_of(student: Denoiser, times: tuple[float, ...]) -> list[float]:

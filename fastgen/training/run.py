@@ -1,10 +1,10 @@
 """A whole run: everything built from one `RunConfig`, its directory kept, and read back.
 
-    RUN/config.toml         the run as it was resolved
-    RUN/environment.json    versions, machine, threads
-    RUN/metrics.jsonl       a line every `train.log_every` updates
-    RUN/samples/            sample grids
-    RUN/checkpoints/        step-00000040/, ...
+RUN/config.toml         the run as it was resolved
+RUN/environment.json    versions, machine, threads
+RUN/metrics.jsonl       a line every `train.log_every` updates
+RUN/samples/            sample grids
+RUN/checkpoints/        step-00000040/, ...
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import tempfile
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.pipelines import LoraOptions, Pipeline, load_pipeline
-from fastgen.pipelines.fine_tune import replace_network
-from fastgen.pipelines.loading import fuse_lora
 from fastgen.samplers import FewStep, even_times
 from fastgen.training import checkpoint as saved
 from fastgen.training.ema import fill
@@ -50,7 +48,7 @@ TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
     f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads")
-) | {"data.cache"}
+) | {"data.cache", "offload"}
 """What a resumed run may do otherwise: none of it changes what is learned."""
 
 
@@ -94,9 +92,7 @@ def distill(
             # What fits in training fits in sampling; a CPU has the memory for more at once.
             size = 16 if place.type == "cpu" else config.train.batch // config.train.micro_batches
             teacher = FewStep(even_times(50, pipeline.process), guidance=teacher_guidance(config.method, pipeline))
-            grids = Grids(
-                pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast
-            )
+            grids = Grids(pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast)
         free_text_encoders(pipeline)
         seed_everything(config.seed + 1_000_003 * rank())
         trainer = Trainer(
@@ -150,12 +146,15 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # The bars of loading a file are not the run's.
     try:
-        pipeline = load_pipeline(
+        return load_pipeline(
             str(TOY_TEACHER) if config.pipeline == TOY else config.pipeline,
             roles=roles,
             lora=LoraOptions(lora.rank, lora.alpha, targets, init=lora.init, dora=lora.dora, ranks=lora.ranks),
-            teacher_loras=() if config.teacher_weights else config.teacher_loras,
+            teacher_weights=config.teacher_weights,
+            teacher_loras=config.teacher_loras,
             dtype=torch.bfloat16 if frozen_base and config.train.precision == "bf16" else torch.float32,
+            quantize=config.quantize,
+            offload=config.offload,
             device=device,
             offline=offline,
             gradient_checkpointing=config.train.gradient_checkpointing,
@@ -167,11 +166,6 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
             raise
         size = f"data.height = {config.data.height}, data.width = {config.data.width}"
         raise UserError(f"{size} do not suit {config.pipeline}: {problem}") from problem
-    if config.teacher_weights and pipeline.device.type != "meta":
-        replace_network(pipeline.diffusers, config.teacher_weights)
-        for file in config.teacher_loras:
-            fuse_lora(pipeline.diffusers, file)
-    return pipeline
 
 
 def teacher_guidance(method: Method, pipeline: Pipeline) -> float:
@@ -317,7 +311,8 @@ def load_run(
     path = newest(run) if checkpoint is None else Path(checkpoint)
     saved.verify(path)
     config = configuration.load(path / CONFIG)
-    pipeline = open_pipeline(config, device=device, offline=offline)
+    # What adapters learnt on a reduced base is for the base itself.
+    pipeline = open_pipeline(replace(config, quantize="none"), device=device, offline=offline)
     method = config.method
     method.setup(pipeline)
     state = saved.read_state(path)
