@@ -194,7 +194,7 @@ def test_the_spread_after_the_first_of_two_steps(target: Any, expected: float) -
     train(method, batches(pipeline, 128, ("0",)), 3000, 0.02)
     a, b = method.student.network.a.detach(), method.student.network.b.detach()
     middle = 0.5 * (1 + float(a[2]))
-    # Measured 0.535 and 0.580. The authors' fixed point lies between 0.570 and 0.580, the later in the step the scores are compared.
+    # Measured 0.535 and 0.580; the authors' fixed point is 0.570 to 0.580, after where in the step the scores are compared.
     assert abs(middle - expected) < 0.01
     assert abs(0.5 * float(b[2]) - 0.65) < 0.02
     assert abs(float(a[1]) * middle - 0.4) < 0.03
