@@ -34,27 +34,27 @@ TOY = "toy"
 class LoRAConfig(Checked):
     """Shape of the adapters of roles trained as "lora"."""
 
-    rank: int = setting(64, "rank of every adapter", at_least=1, at_most=4096)
-    alpha: float = setting(64.0, "scale of the adapters is alpha / rank", above=0)
+    rank: int                 = setting(64, "rank of every adapter", at_least=1, at_most=4096)
+    alpha: float              = setting(64.0, "scale of the adapters is alpha / rank", above=0)
     targets: list[str] | None = setting(None, 'names of the layers adapted; "none": the usual ones')
     init: Literal["default", "gaussian"] = setting("default", "how the first factor starts; the second starts at zero")
-    dora: bool = setting(False, "learn the weights' magnitudes beside (DoRA)")
-    ranks: dict[str, int] = setting({}, "rank of single roles, such as {fake_score = 16}; the others have `rank`")
+    dora: bool                = setting(False, "learn the weights' magnitudes beside (DoRA)")
+    ranks: dict[str, int]     = setting({}, "rank of single roles, such as {fake_score = 16}; the others have `rank`")
 
 
 @dataclass
 class DataConfig(Checked):
     """What the run learns from."""
 
-    prompts: str = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
-    images: str = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
-    pool: int = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
+    prompts: str       = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
+    images: str        = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
+    pool: int          = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
     height: int | None = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)
-    width: int | None = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)
-    buckets: bool = setting(False, "pictures of every aspect ratio, each batch of one; else all are cropped to one size")
-    cache: str | None = setting("~/.cache/fastgen", 'folder of encoded prompts and pictures; "none": in memory')
-    pairs: int = setting(1000, "teacher pairs (noise and sample) made for methods that learn from them", at_least=1)
-    pair_steps: int = setting(50, "steps of the teacher's sampler in making pairs", at_least=1)
+    width: int | None  = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)
+    buckets: bool      = setting(False, "pictures of every aspect ratio, each batch of one; else all are cropped to one size")
+    cache: str | None  = setting("~/.cache/fastgen", 'folder of encoded prompts and pictures; "none": in memory')
+    pairs: int         = setting(1000, "teacher pairs (noise and sample) made for methods that learn from them", at_least=1)
+    pair_steps: int    = setting(50, "steps of the teacher's sampler in making pairs", at_least=1)
     pair_guidance: float | None = setting(None, 'guidance in making pairs, 1 = off; "none": the pipeline\'s own', at_least=1)
 
     def __post_init__(self) -> None:
@@ -75,24 +75,24 @@ Schedule = Literal["constant", "linear", "cosine"]
 class TrainConfig(Checked):
     """The loop: how long, how fast, what is kept."""
 
-    steps: int = setting(1000, "updates of the student's loop", at_least=1)
-    batch: int = setting(16, "samples per update on each process", at_least=1)
-    micro_batches: int = setting(1, "parts a batch is computed in; more need less memory", at_least=1)
+    steps: int                 = setting(1000, "updates of the student's loop", at_least=1)
+    batch: int                 = setting(16, "samples per update on each process", at_least=1)
+    micro_batches: int         = setting(1, "parts a batch is computed in; more need less memory", at_least=1)
     gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass: less memory, more time")
-    lr: float = setting(1e-5, "learning rate of AdamW", above=0, at_most=10)
-    weight_decay: float = setting(0.0, "decoupled weight decay", at_least=0)
+    lr: float                  = setting(1e-5, "learning rate of AdamW", above=0, at_most=10)
+    weight_decay: float        = setting(0.0, "decoupled weight decay", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays", at_least=0, below=1)
-    warmup: int = setting(0, "updates over which the learning rate rises from 0", at_least=0)
-    schedule: Schedule = setting("constant", "course of the learning rate after the warmup, in every stage anew")
-    max_grad_norm: float = setting(1.0, "clip each player's gradient to this norm; 0: never", at_least=0)
+    warmup: int                = setting(0, "updates over which the learning rate rises from 0", at_least=0)
+    schedule: Schedule         = setting("constant", "course of the learning rate after the warmup, in every stage anew")
+    max_grad_norm: float       = setting(1.0, "clip each player's gradient to this norm; 0: never", at_least=0)
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; weights stay fp32")
-    ema: float = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
-    checkpoint_every: int = setting(500, "updates between checkpoints; 0: only the last", at_least=0)
-    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0: all", at_least=0)
-    sample_every: int = setting(0, "updates between sample grids; 0: only at the end", at_least=0)
-    sample_prompts: list[str] = setting([], "prompts of the sample grids; empty: the first of the data's")
-    log_every: int = setting(10, "updates between lines of metrics.jsonl", at_least=1)
-    threads: int = setting(0, "CPU threads; 0: chosen for this machine", at_least=0, at_most=1024)
+    ema: float                 = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
+    checkpoint_every: int      = setting(500, "updates between checkpoints; 0: only the last", at_least=0)
+    keep_checkpoints: int      = setting(2, "newest checkpoints kept; 0: all", at_least=0)
+    sample_every: int          = setting(0, "updates between sample grids; 0: only at the end", at_least=0)
+    sample_prompts: list[str]  = setting([], "prompts of the sample grids; empty: the first of the data's")
+    log_every: int             = setting(10, "updates between lines of metrics.jsonl", at_least=1)
+    threads: int               = setting(0, "CPU threads; 0: chosen for this machine", at_least=0, at_most=1024)
 
 
 @dataclass
@@ -101,16 +101,16 @@ class RunConfig(Checked):
 
     method_name: str
     method: Method
-    pipeline: str = setting(TOY, 'teacher: a diffusers folder or hub id; "toy": the one that ships')
-    teacher_weights: str = setting("", "fine-tuned unet or transformer in the teacher's place: folder or .safetensors file")
+    pipeline: str            = setting(TOY, 'teacher: a diffusers folder or hub id; "toy": the one that ships')
+    teacher_weights: str     = setting("", "fine-tuned unet or transformer in the teacher's place: folder or .safetensors file")
     teacher_loras: list[str] = setting([], "LoRA files laid over the teacher, student included")
     quantize: Literal["none", "int8", "nf4"] = setting("none", "weights of a base that is not trained, in 8 or 4 bits")
     offload: Literal["none", "encoders"] = setting("none", '"encoders": text encoders and autoencoder stay in CPU memory')
-    seed: int = setting(0, "seed of all randomness", at_least=0)
-    roles: dict[str, str] = setting({"student": "full"}, '"full" or "lora" for student and fake_score')
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int                = setting(0, "seed of all randomness", at_least=0)
+    roles: dict[str, str]    = setting({"student": "full"}, '"full" or "lora" for student and fake_score')
+    lora: LoRAConfig         = field(default_factory=LoRAConfig)
+    data: DataConfig         = field(default_factory=DataConfig)
+    train: TrainConfig       = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +140,7 @@ class RunConfig(Checked):
             raise UserError("data.prompts is missing; it must be a text file with one prompt a line")
 
     def role(self, name: str) -> str:
-        """ "full" or "lora" for a role; a role that is not set goes as the student does."""
+        """"full" or "lora" for a role; a role that is not set goes as the student does."""
         return self.roles.get(name, self.roles["student"])
 
     def to_toml(self, *, help: bool = False) -> str:

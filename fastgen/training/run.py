@@ -1,10 +1,10 @@
 """A whole run: everything built from one `RunConfig`, its directory kept, and read back.
 
-RUN/config.toml         the run as it was resolved
-RUN/environment.json    versions, machine, threads
-RUN/metrics.jsonl       a line every `train.log_every` updates
-RUN/samples/            sample grids
-RUN/checkpoints/        step-00000040/, ...
+    RUN/config.toml         the run as it was resolved
+    RUN/environment.json    versions, machine, threads
+    RUN/metrics.jsonl       a line every `train.log_every` updates
+    RUN/samples/            sample grids
+    RUN/checkpoints/        step-00000040/, ...
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def distill(
             # What fits in training fits in sampling; a CPU has the memory for more at once.
             size = 16 if place.type == "cpu" else config.train.batch // config.train.micro_batches
             teacher = FewStep(even_times(50, pipeline.process), guidance=teacher_guidance(config.method, pipeline))
-            grids = Grids(pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast)
+            grids = Grids(
+                pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast
+            )
         free_text_encoders(pipeline)
         seed_everything(config.seed + 1_000_003 * rank())
         trainer = Trainer(
