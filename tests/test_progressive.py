@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgen.analytic import Exact, Gaussian, Mixture
-from fastgen.denoiser import Guided
+from fastgen.denoiser import Denoiser, Guided
 from fastgen.errors import UserError
+from fastgen.families.progressive import truncated_snr
+from fastgen.losses import landing
 from fastgen.methods.progressive import Progressive
 from fastgen.process import Kind, Prediction
 from fastgen.samplers import FewStep, even_times
@@ -60,7 +62,7 @@ def test_the_exact_student_is_a_fixed_point(process: str, weight: Any) -> None:
     method = ready(pipeline, start_steps=8, stop_steps=4, weight=weight)
     batch = next(batches(pipeline, 16))
     wrong = float(method.loss(batch)["x0"].detach())
-    method.first_teacher = Guided(Exact(teacher, lambda t: (t - 1 / 8).clamp_min(0)), 1.0)
+    method.base, method.scale = Exact(teacher, lambda t: (t - 1 / 8).clamp_min(0)), 1.0
     method.student = Exact(teacher, lambda t: (t - 1 / 4).clamp_min(0))  # type: ignore[assignment]
     assert float(method.loss(batch)["x0"]) < 1e-9 < wrong
 
@@ -155,9 +157,53 @@ def test_sampler_of_the_stage() -> None:
         method.sampler(2)
 
 
+def scales_told(denoiser: Denoiser) -> list[Tensor]:
+    """What a denoiser is told its guidance is, call by call."""
+    told: list[Tensor] = []
+    denoiser.register_forward_pre_hook(lambda module, args, options: told.append(options["guidance"]), with_kwargs=True)
+    return told
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["from a guided teacher", "from what embeds it"])
+def test_random_scales_are_told_to_teacher_and_student(embedded: bool) -> None:
+    """Stage two of Meng et al.: each sample's scale is its teacher's and its student's, in every stage."""
+    pipeline = FakePipeline(TABLE, (3,), "v", default_guidance=9.0, embeds_guidance=embedded)
+    method = ready(pipeline, start_steps=8, stop_steps=2, guidance_low=2.0, guidance_high=5.0)
+    assert method.student.embeds_guidance and method.sampler().guidance == 5.0  # 9 is beyond what is trained
+    batch, student = next(batches(pipeline, 64)), scales_told(method.student)
+    torch.manual_seed(3)
+    loss = float(method.loss(batch)["x0"].detach())
+    torch.manual_seed(3)
+    xt, grid, start = method.draw(batch)
+    scale = 2 + 3 * torch.rand(64)
+    assert torch.equal(student[0], scale)
+    teacher, x = pipeline.frozen(), xt
+    with torch.no_grad():
+        for i in range(2):
+            here, onward = grid[start + i], grid[start + i + 1]
+            if embedded:
+                x = teacher(x, here, batch.condition, guidance=scale).at(onward)
+            else:
+                yes, no = (teacher(x, here, which).output for which in (batch.condition, batch.condition.null))
+                x = Prediction(no + scale[:, None] * (yes - no), "v", x, here, TABLE).at(onward)
+        x0, _ = landing(TABLE, xt, grid[start], x, grid[start + 2])
+        error = (method.student(xt, grid[start], batch.condition, guidance=scale).x0 - x0).square()
+        expected = float((truncated_snr(TABLE, grid[start], xt) * error).mean())
+    assert abs(loss / expected - 1) < 1e-4
+    method.advance(5, 10)
+    previous = scales_told(method.previous)
+    student.clear()
+    method.loss(batch)
+    assert len(previous) == 2 and all(torch.equal(each, student[0]) for each in previous)
+    assert student[0].min() < 3 and student[0].max() > 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"guidance_low": 2.0}, "guidance_low = 2.0 and guidance_high = None are given together"),
+        ({"guidance_low": 5.0, "guidance_high": 2.0}, "guidance_low = 5 must be at most guidance_high = 2"),
+        ({"guidance_low": 2.0, "guidance_high": 5.0, "guidance": 7.5}, "guidance = 7.5 is outside .* = 2 to guidance_high = 5"),
         ({"start_steps": 24, "stop_steps": 5}, "stop_steps = 5 is not start_steps = 24 divided .* by factor = 2"),
         ({"start_steps": 32, "stop_steps": 8, "factor": 3}, "stop_steps = 8 is not start_steps = 32 .* factor = 3"),
         ({"start_steps": 4, "stop_steps": 4}, "stop_steps must be .* below start_steps = 4, not 4"),

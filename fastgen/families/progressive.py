@@ -1,0 +1,191 @@
+"""Progressive distillation: stages, in each of which one step of the student replaces several of its teacher.
+
+The family of progressive distillation, SnapFusion and SDXL-Lightning. Methods say how steps are counted and what the student
+minimises; stages, the grid, the frozen teacher of a stage and its steps are here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.denoiser import Denoiser, Guided, Predicts
+from fastgen.errors import UserError
+from fastgen.losses import landing, noised, snr
+from fastgen.method import Batch, Loss, Method, Need, Player
+from fastgen.pipelines.base import Pipeline
+from fastgen.process import Process
+from fastgen.rollouts import walk
+from fastgen.samplers import FewStep, even_times
+
+
+def divided(start: int, stop: int, factor: int) -> list[int]:
+    """The students' steps from `start` down to `stop`, each its teacher's over `factor`; UserError where that does not fit."""
+    if factor < 2:
+        raise UserError(f"factor must be at least 2, not {factor}")
+    if not 1 <= stop < start:
+        raise UserError(f"stop_steps must be at least 1 and below start_steps = {start}, not {stop}")
+    stages, steps = [], start
+    while steps > stop and steps % factor == 0:
+        steps //= factor
+        stages.append(steps)
+    if steps != stop:
+        raise UserError(f"stop_steps = {stop} is not start_steps = {start} divided once or more by factor = {factor}")
+    return stages
+
+
+def truncated_snr(process: Process, t: Tensor, like: Tensor) -> Tensor:
+    """max(SNR, 1), the weight of errors in x0 (Salimans and Ho 2022, section 4), shaped to broadcast against `like`."""
+    return snr(process, t, like).clamp_min(1)
+
+
+@dataclass
+class Staged(Method):
+    """A student that goes through `stages` (its steps in each), taught in each by `teachers` steps of a frozen network.
+
+    The first teacher is the pipeline's network, guided; a later one is the student as it was at the end of the last stage
+    that ended with the teacher's number of steps. Subclasses set `stages` and `teachers` before they call `check_stages`.
+
+    After `setup` there are `base` (the pipeline's network), `student`, `previous` (the frozen student, where one teaches),
+    `scale` (the first teacher's guidance) and `told` (what a network that embeds its guidance is told; else 1).
+    """
+
+    start_steps: int = field(default=32, metadata={"help": "steps of the first teacher"})
+    guidance: float | None = field(
+        default=None, metadata={"help": "guidance of the first teacher, 1 = off; none: the pipeline's own", "at_least": 1}
+    )
+    stage_shares: tuple[float, ...] = field(
+        default=(), metadata={"help": "relative share of the updates for every stage; empty: equal", "above": 0}
+    )
+    shift: float = field(default=1.0, metadata={"help": "moves the steps towards noise, for flow models", "above": 0})
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
+    family: ClassVar[str] = "progressive"
+
+    def check_stages(self, stages: list[int], teachers: list[int] | None = None) -> None:
+        """Take up the plan, by default with every student the teacher of the next."""
+        self.stages, self.teachers, self.stage = stages, teachers or [self.start_steps, *stages[:-1]], 0
+        if self.stage_shares and len(self.stage_shares) != len(stages):
+            raise UserError(
+                f"stage_shares has {len(self.stage_shares)} values, but there are {len(stages)} stages, "
+                f"to {', '.join(map(str, stages))} steps"
+            )
+
+    def setup(self, pipeline: Pipeline) -> None:
+        own = len({t for t in even_times(self.start_steps, pipeline.process, self.shift) if t > 0})
+        if own < self.start_steps:
+            raise UserError(f"start_steps = {self.start_steps} is finer than the pipeline's own times, of which it meets {own}")
+        self.scale = pipeline.default_guidance if self.guidance is None else self.guidance
+        self.base: Predicts = pipeline.frozen()
+        self.student = self.network(pipeline, "student")
+        self.told = self.scale if self.student.embeds_guidance else 1.0
+        self.previous: Denoiser | None = None
+        if any(steps != self.start_steps for steps in self.teachers):
+            self.previous = self.network(pipeline, "previous").requires_grad_(False)
+            self.hand_over()
+
+    def network(self, pipeline: Pipeline, role: str) -> Denoiser:
+        """The network of "student" or "previous"."""
+        return pipeline.trainable(role)
+
+    def players(self) -> Sequence[Player]:
+        return [Player("student", self.student, self.loss)]
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Loss:
+        """What the student minimises in the present stage."""
+
+    @property
+    def trained(self) -> Denoiser:
+        return self.student
+
+    @property
+    def steps(self) -> int:
+        """The student's steps in the present stage."""
+        return self.stages[self.stage]
+
+    def sampler(self, steps: int | None = None) -> FewStep:
+        reached = list(dict.fromkeys(self.stages[: self.stage + 1]))
+        steps = reached[-1] if steps is None else steps
+        if steps not in reached:
+            raise UserError(f"this student was trained for {' and '.join(map(str, reached))} steps, not for {steps}")
+        return FewStep(even_times(steps, self.student.process, self.shift), gamma=0.0, guidance=self.told)
+
+    # -- stages -----------------------------------------------------------------------------------
+
+    def ends(self, total: int) -> list[int]:
+        """The update at which each stage ends."""
+        shares = self.stage_shares or (1.0,) * len(self.stages)
+        ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
+        if any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
+            raise UserError(f"{total} updates are too few: each of the {len(ends)} stages needs at least one")
+        return ends
+
+    def stage_end(self, step: int, total: int) -> int:
+        return next(end for end in self.ends(total) if end > step)
+
+    def advance(self, step: int, total: int) -> bool:
+        stage = sum(end <= step for end in self.ends(total)[:-1])
+        if stage == self.stage:
+            return False
+        before, self.stage = self.teachers[self.stage], stage
+        if self.teachers[stage] != before:
+            self.hand_over()
+        return True
+
+    def state(self) -> dict[str, Any]:
+        return {"stage": self.stage} | ({"previous": self.previous.state_dict()} if self.previous else {})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.stage = int(state["stage"])
+        if self.previous is not None:
+            self.previous.load_state_dict(state["previous"])
+
+    def hand_over(self) -> None:
+        """The student as it is becomes the teacher."""
+        assert self.previous is not None
+        weights = self.student.state_dict()
+        if weights.keys() != self.previous.state_dict().keys():
+            raise UserError('the roles "student" and "previous" must both be "full" or both be "lora"')
+        self.previous.load_state_dict(weights)
+
+    # -- the teacher ------------------------------------------------------------------------------
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the pipeline's own network teaches the present stage."""
+        return self.previous is None or self.teachers[self.stage] == self.start_steps
+
+    @property
+    def source(self) -> Predicts:
+        """The network that teaches the present stage, without guidance."""
+        return self.base if self.is_first or self.previous is None else self.previous
+
+    @property
+    def teacher(self) -> Predicts:
+        """The teacher of the present stage."""
+        return Guided(self.source, self.scale if self.is_first else self.told)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Diffused data where a step of the student begins: x_t [B, ...], the teacher's grid [G], positions on it [B]."""
+        assert batch.latents is not None
+        process, x0, count = self.student.process, batch.latents, self.teachers[self.stage]
+        grid = torch.tensor([*even_times(count, process, self.shift), 0.0], device=x0.device)
+        start = count // self.steps * torch.randint(self.steps, (len(x0),), device=x0.device)
+        return noised(process, x0, torch.randn_like(x0), grid[start]), grid, start
+
+    def target(self, xt: Tensor, grid: Tensor, start: Tensor, batch: Batch, guidance: Tensor | None = None) -> Tensor:
+        """The x0 with which one step of the student from position `start` [B] on `grid` lands where the teacher's steps do.
+
+        `guidance` [B], where given, takes the place of the teacher's own.
+        """
+        count = self.teachers[self.stage] // self.steps
+        x = walk(self.teacher, xt, grid, start, count, batch.condition, guidance)
+        x0, _ = landing(self.student.process, xt, grid[start], x, grid[start + count])
+        return x0.to(xt.dtype)
