@@ -1,0 +1,184 @@
+"""DMD with teacher pairs, and f-distill: what they add to distribution matching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.analytic import Gaussian, Mixture
+from fastgen.errors import UserError
+from fastgen.methods.dmd import DMD
+from fastgen.methods.dmd2 import DMD2
+from fastgen.methods.f_distill import WEIGHTS, FDistill
+from tests.method_fakes import PROCESSES, TABLE, FakePipeline, GaussianScore, batches, learn_teacher, train, wasserstein
+
+FLOW = PROCESSES["flow"]
+DIVERGENCES = list(WEIGHTS)
+
+
+def ready(pipeline: FakePipeline, kind_of: type[Any], **options: Any) -> Any:
+    method = kind_of(**options)
+    method.setup(pipeline)
+    return method
+
+
+# -- DMD ------------------------------------------------------------------------------------------
+
+
+def test_dmd_is_matching_and_a_regression_on_pairs() -> None:
+    pipeline = FakePipeline(TABLE, (3, 4, 4))
+    method, batch = ready(pipeline, DMD), next(batches(pipeline, 4, pairs=True))
+    assert method.needs == {"prompts", "pairs"} and [player.every for player in method.players()] == [1, 1]
+    assert DMD(regression_weight=0).needs == {"prompts"}
+    nn.init.normal_(method.critic.fake.network.leave.bias)
+    alone = ready(pipeline, DMD2, steps=1, gan_weight=0)
+    alone.critic.fake.load_state_dict(method.critic.fake.state_dict())
+    torch.manual_seed(0)
+    terms = method.student_loss(batch)
+    torch.manual_seed(0)
+    torch.testing.assert_close(terms["dmd"], alone.student_loss(batch)["dmd"])
+    with torch.no_grad():
+        x = method.student(batch.noise, torch.ones(4), batch.condition).x0
+    torch.testing.assert_close(terms["regression"].detach(), 0.25 * (x - batch.target).square().mean())
+    batch.noise = batch.target = None
+    assert set(ready(pipeline, DMD, regression_weight=0).student_loss(batch)) == {"dmd"}
+
+
+def test_pairs_can_be_compared_as_images() -> None:
+    pipeline = FakePipeline(TABLE, (3, 4, 4))
+    method, batch = ready(pipeline, DMD, regression_in="images"), next(batches(pipeline, 4, pairs=True))
+    x = method.student(batch.noise, torch.ones(4), batch.condition).x0
+    expected = (pipeline.decode(x) - pipeline.decode(batch.target)).square().mean()
+    found = method.regression(batch)
+    torch.testing.assert_close(found, expected)
+    (pull,) = torch.autograd.grad(found, [method.student.network.leave.weight])
+    assert pull.abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{"steps": 4}, {"timesteps": (999, 499)}])
+def test_pairs_make_one_step_students(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"students of 1 step.* not of [42]; use dmd2"):
+        DMD(**options)
+
+
+class Linear(nn.Module):
+    """x0 = a z + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(-1.0)), nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor, guidance: Tensor | None) -> Tensor:
+        return self.a * x + self.b
+
+
+@pytest.mark.slow
+def test_pairs_say_which_noise_makes_which_sample() -> None:
+    """Begun with the wrong sign, which matching alone does not mind, a linear student comes to the teacher's own map."""
+    teacher = Gaussian(torch.full((16,), 0.8), 0.5, FLOW, "x0")
+    networks = {"student": Linear, "fake_score": lambda: GaussianScore(FLOW, -0.5, 1.0)}
+    pipeline = FakePipeline(FLOW, (16,), "x0", teacher=teacher, labels=1, networks=networks)
+    method = ready(pipeline, DMD)
+    train(method, batches(pipeline, 64, ("0",), pairs=True), 800, 0.05)
+    a, b = float(method.student.network.a.detach()), float(method.student.network.b.detach())
+    # Measured 0.511 and 0.764.
+    assert abs(a - 0.5) < 0.04 and abs(b - 0.8) < 0.06
+
+
+# -- f-distill ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_weights_are_second_derivatives(divergence: Any) -> None:
+    """h(r) = f''(r) r^2, by automatic differentiation of the generators."""
+    generators = {
+        "reverse_kl": lambda r: -r.log(),
+        "forward_kl": lambda r: r * r.log(),
+        "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+        "softened_reverse_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
+        "squared_hellinger": lambda r: 4 * (1 - r.sqrt()),
+        "jeffreys": lambda r: (r - 1) * r.log(),
+        "neyman": lambda r: 0.5 * (1 - r) ** 2 / r,
+    }
+    r = torch.linspace(0.1, 5, 20, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(generators[divergence](r).sum(), r, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), r)
+    torch.testing.assert_close(WEIGHTS[divergence](r), second * r**2)
+
+
+def test_reverse_kl_is_dmd2() -> None:
+    pipeline = FakePipeline(TABLE, (3, 4, 4))
+    mine, dmd2 = ready(pipeline, FDistill, divergence="reverse_kl"), ready(pipeline, DMD2)
+    nn.init.normal_(mine.critic.fake.network.leave.bias)
+    dmd2.critic.load_state_dict(mine.critic.state_dict())
+    batch = next(batches(pipeline, 8))
+    pulls = []
+    for method in (mine, dmd2):
+        torch.manual_seed(2)
+        terms = method.student_loss(batch)
+        pulls.append(torch.autograd.grad(terms["dmd"], [method.student.network.leave.weight])[0])
+    torch.testing.assert_close(pulls[0], pulls[1])
+    torch.manual_seed(2)
+    found = mine.fake_loss(batch)
+    torch.manual_seed(2)
+    for key, value in dmd2.fake_loss(batch).items():
+        torch.testing.assert_close(found[key], value)
+
+
+def test_the_weight_by_hand() -> None:
+    """NVIDIA's arithmetic, whose means are those of the batch: two bins of time, three logits a sample."""
+    method = ready(FakePipeline(TABLE, (3,)), FDistill, divergence="forward_kl", ratio_bins=2, ratio_decay=0.0)
+    logits = torch.tensor([[0.0, 0.3, 0.6], [2.0, 1.0, 0.0], [-1.0, -1.0, -1.0], [40.0, 40.0, 40.0], [-9.0, -9.0, -9.0]])
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9, 1.0])
+    r = torch.tensor([0.3, 1.0, -1.0, 10.0, -9.0]).exp().clamp(0.1, 20)
+    r = torch.cat([r[:2] / r[:2].mean(), r[2:] / r[2:].mean()])
+    torch.testing.assert_close(method.weight(logits, t), r / r.mean())
+    running = ready(FakePipeline(TABLE, (3,)), FDistill, divergence="forward_kl", ratio_bins=0)
+    one = running.weight(torch.full((1, 1), 3.0).log(), torch.full((1,), 0.5))
+    torch.testing.assert_close(one, torch.tensor([3.0 / (0.9 + 0.1 * 3.0)]))
+
+
+def test_a_sample_alone_keeps_its_weight_and_the_means_are_resumed() -> None:
+    pipeline = FakePipeline(TABLE, (3,))
+    method = ready(pipeline, FDistill, divergence="forward_kl")
+    t = torch.full((1,), 0.5)
+    for _ in range(50):
+        method.weight(torch.zeros(1, 2), t)
+    high, low = method.weight(torch.ones(1, 2), t), method.weight(-torch.ones(1, 2), t)
+    assert float(high) > 2 * float(low)
+    again = ready(pipeline, FDistill, divergence="forward_kl")
+    again.load_state(method.state())
+    assert torch.equal(again.weight(torch.ones(1, 2), t), method.weight(torch.ones(1, 2), t))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gan_weight": 0.0}, "gan_weight = 0 leaves f_distill without its discriminator"),
+        ({"ratio_low": 3.0, "ratio_high": 2.0}, "ratio_low = 3 must be below ratio_high = 2"),
+    ],
+)
+def test_contradictions_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FDistill(**options)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_learnt_in_one_step() -> None:
+    """Two labels of a mixture in two dimensions; the student's marginals come near the data's."""
+    means = torch.tensor([[-1.0, 0.8], [-1.0, -0.8], [1.0, 0.0]])
+    teacher = Mixture([0.3, 0.3, 0.4], means, [0.3, 0.3, 0.3], FLOW)
+    pipeline = FakePipeline(FLOW, (2,), "flow", teacher=teacher, labels=3, width=64)
+    learn_teacher(pipeline, 1000)
+    method = ready(pipeline, FDistill, steps=1, student_every=3)
+    train(method, batches(pipeline, 128, ("0 1", "2")), 1500, 2e-3, betas=(0.0, 0.99))
+    condition = pipeline.encode_prompts(["0 1", "2"] * 2000)
+    data = teacher.sample(condition)
+    with torch.no_grad():
+        x = method.sampler().sample(method.trained, torch.randn(4000, 2), condition)
+    found = [wasserstein(x[i::2, d], data[i::2, d]) for i in range(2) for d in range(2)]
+    print(found)
+    assert max(found) < 0.2
