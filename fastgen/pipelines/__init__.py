@@ -9,9 +9,24 @@ from fastgen.adapters import LoraOptions
 from fastgen.pipelines.base import Pipeline
 from fastgen.pipelines.cogview4 import CogView4
 from fastgen.pipelines.cosmos2 import Cosmos2
+from fastgen.pipelines.ernie import Ernie
 from fastgen.pipelines.flux2 import Flux2
+from fastgen.pipelines.kandinsky5 import Kandinsky5
 from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.prx_pixel import PRXPixel
+from fastgen.pipelines.qwen21 import QwenImage21
 from fastgen.pipelines.sana_sprint import SanaSprint
 
-__all__ = ["CogView4", "Cosmos2", "Flux2", "LoraOptions", "PRXPixel", "Pipeline", "SanaSprint", "load_pipeline"]
+__all__ = [
+    "CogView4",
+    "Cosmos2",
+    "Ernie",
+    "Flux2",
+    "Kandinsky5",
+    "LoraOptions",
+    "PRXPixel",
+    "Pipeline",
+    "QwenImage21",
+    "SanaSprint",
+    "load_pipeline",
+]

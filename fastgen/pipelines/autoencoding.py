@@ -9,6 +9,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 NAMES = ("vae", "movq", "vqvae", "vqgan")
+TRANSPARENT = 4
 UNQUANTISED = {"force_not_quantize": True}
 
 
@@ -25,6 +26,8 @@ def encodes_frames(vae: nn.Module) -> bool:
 
 def encode_images(vae: Any, images: Tensor) -> Tensor:
     """What an autoencoder makes of `images` [B, 3, H, W], unscaled: the posterior's mean where it gives a distribution."""
+    if vae.config.get("in_channels") == TRANSPARENT:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], 1)  # Opaque.
     answer = vae.encode(images.unsqueeze(2) if encodes_frames(vae) else images)
     if hasattr(answer, "latent_dist"):
         mean: Tensor = answer.latent_dist.mode()
@@ -37,7 +40,8 @@ def decode_latents(vae: Any, raw: Tensor) -> Tensor:
     """Images [B, 3, H, W] of an autoencoder's own latents; videos are [B, 3, frames, H, W]."""
     exact = UNQUANTISED if isinstance(vae, VQModel) else {}
     image: Tensor = vae.decode(raw, return_dict=False, **exact)[0]
-    return image.squeeze(2) if image.ndim == 5 else image
+    image = image.squeeze(2) if image.ndim == 5 else image
+    return image[:, :3] if image.shape[1] == TRANSPARENT else image
 
 
 def latent_statistics(vae: Any, raw: Tensor) -> tuple[Tensor | float, Tensor | float]:

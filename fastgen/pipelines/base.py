@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
-from fastgen.denoiser import Condition, Denoiser, Groups, guide, map_tensors
+from fastgen.denoiser import Condition, Denoiser, Groups, map_tensors
 from fastgen.errors import UserError
 from fastgen.pipelines.autoencoding import (
     autoencoder,
@@ -29,7 +29,7 @@ from fastgen.pipelines.autoencoding import (
     unpack_patches,
 )
 from fastgen.pipelines.guidance import partial_guide, renormalised_guide
-from fastgen.pipelines.probing import guidance_argument
+from fastgen.pipelines.probing import answered, guidance_argument
 from fastgen.pipelines.recording import COMPANION, CallForm, learn_form, merge, read_scheduler, record_condition
 from fastgen.pipelines.stable_diffusion import embed_guidance, with_guidance_embedding
 from fastgen.process import Kind, Process
@@ -63,6 +63,8 @@ class Pipeline:
 
     handles: ClassVar[tuple[str, ...]] = ()
     """Names of the diffusers classes that a family's subclass serves."""
+    makes: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the network that a family makes itself at every call, in `made_arguments`."""
     knows_time: ClassVar[bool] = False
     """Whether a family's `network_time` follows from our time alone, not from the scheduler's timestep at some scale."""
     scheduler_scale: float = 1.0
@@ -196,6 +198,10 @@ class Pipeline:
         config = self.autoencoder.config
         return math.isqrt(self.latent_shape[1] // (config.get("latent_channels") or config["z_dim"]))
 
+    def made_arguments(self, arguments: Mapping[str, Any], xt: Tensor) -> dict[str, Any]:
+        """The arguments in `makes`, from all others and the latents."""
+        return {}
+
     def network_input(self, xt: Tensor, t: Tensor) -> Tensor:
         """What the network is shown of latents at times `t` [B]: the same, but in families that scale them."""
         return xt
@@ -265,7 +271,7 @@ class Pipeline:
         """Combine a conditional and an unconditional output as the pipeline does; `scale` as in `fastgen.denoiser.Guided`."""
         if self.form.guided_channels is not None:
             return partial_guide(yes, no, scale, self.form.guided_channels)
-        return renormalised_guide(yes, no, scale) if self.form.renormalises else guide(yes, no, scale)
+        return renormalised_guide(yes, no, scale, self.form.renormalises)
 
     def _manners(self) -> dict[str, Any]:
         """What a denoiser in any role does as the pipeline does it."""
@@ -284,6 +290,8 @@ class Pipeline:
         inputs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, condition.inputs)
         arguments = merge(inputs, condition.shared)
         self.form.lengths.hand_over(arguments, len(xt))
+        arguments |= {key: arguments[key].transpose(0, 1) for key in self.form.batch_second}
+        arguments |= self.made_arguments(arguments, xt)
         if guidance is None:
             guidance = xt.new_full((len(xt),), self.default_guidance, dtype=torch.float32)
         if self.form.takes_guidance:
@@ -295,8 +303,9 @@ class Pipeline:
         if self.form.companion is not None:
             noisy = torch.cat([noisy, arguments.pop(COMPANION)], self.form.companion)
         arguments[self.form.sample_name] = list(noisy.unsqueeze(2)) if self.form.sample_lists else noisy
+        arguments |= {key: [[value] for value in arguments[key]] for key in self.form.nested}
         arguments[self.form.time_name] = self.network_time(t).reshape(-1).expand(len(xt))
-        output = self.form.predicted(network(**arguments, return_dict=False)[0], xt)
+        output = self.form.predicted(answered(network(**arguments, return_dict=False)), xt)
         return self.network_output(output if self.form.sign == 1 else -output, xt, t)
 
     def network_time(self, t: Tensor) -> Tensor:

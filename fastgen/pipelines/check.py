@@ -198,7 +198,7 @@ def _shorten(diffusers: Any) -> None:
 def _options(diffusers: Any, **wanted: Any) -> dict[str, Any]:
     """Arguments of a short run at the size of the check; those alone that the pipeline's call knows."""
     known = inspect.signature(type(diffusers).__call__).parameters
-    size = {"height": PIXELS, "width": PIXELS, "use_resolution_binning": False}
+    size = {"height": PIXELS, "width": PIXELS, "use_resolution_binning": False, "use_kv_cache": False}
     usual = {**size, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "pag_scale": 0.0}
     return {key: value for key, value in (usual | wanted).items() if key in known}
 
@@ -252,7 +252,7 @@ def _decodes(diffusers: Any, pipeline: Pipeline) -> bool:
     seen, (drawn, *_) = watch(diffusers, prompts, **_options(diffusers, output_type="np", return_dict=False))
     with torch.no_grad():
         ours = pipeline.decode(seen[-1].after / pipeline.scheduler_scale)
-    theirs = torch.as_tensor(drawn).movedim(-1, 1)
+    theirs = torch.as_tensor(drawn).movedim(-1, 1)[:, :3]
     rounded = bool(((theirs * 255).round() - theirs * 255).abs().max() < 1e-3)
     return torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1 / 255 if rounded else 1e-4)
 

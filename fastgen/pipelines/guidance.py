@@ -15,6 +15,9 @@ from fastgen.errors import UserError
 PROBE_GUIDANCE = 3.0
 PARTIAL = 3
 
+Renormalises = Literal["never", "always", "down"]
+"""Whether a guided output then gets the conditional one's norm: not at all, always, or where it has grown."""
+
 Guides = Literal["batched", "paired", "single"]
 """One call with [null, condition] stacked, two calls, or one call without an unconditional part."""
 
@@ -36,12 +39,12 @@ def read_guidance(outputs: Sequence[Tensor], handed: Tensor, name: str, signs: S
     a, b = outputs[0].chunk(2) if guides == "batched" else outputs
     if float((b - a).abs().max()) == 0:  # A network that ignores its condition tells nothing about the order.
         return {"guides": guides, "null_first": guides == "batched", "guidance_offset": 0.0}
-    options = list(itertools.product(signs, (True, False), (0.0, 1.0), (False, True)))
+    norms: tuple[Renormalises, ...] = ("never", "always", "down")
+    options = list(itertools.product(signs, (True, False), (0.0, 1.0), norms))
 
-    def error(option: tuple[int, bool, float, bool]) -> float:
+    def error(option: tuple[int, bool, float, Renormalises]) -> float:
         sign, null_first, offset, norm = option
-        combine = renormalised_guide if norm else guide
-        return _distance(sign * handed, combine(*((b, a) if null_first else (a, b)), PROBE_GUIDANCE + offset))
+        return _distance(sign * handed, renormalised_guide(*((b, a) if null_first else (a, b)), PROBE_GUIDANCE + offset, norm))
 
     best = min(options, key=error)
     if error(best) > 0.02:
@@ -58,10 +61,13 @@ def read_guidance(outputs: Sequence[Tensor], handed: Tensor, name: str, signs: S
     return {"guides": guides} | dict(zip(("sign", "null_first", "guidance_offset", "renormalises"), best, strict=True))
 
 
-def renormalised_guide(yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor:
+def renormalised_guide(yes: Tensor, no: Tensor, scale: float | Tensor, norm: Renormalises) -> Tensor:
     """Guidance that keeps the conditional output's norm along the last dimension (Lin et al. 2024, section 3.4, per token)."""
     both = guide(yes, no, scale)
-    return both * (yes.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True))
+    if norm == "never":
+        return both
+    ratio = yes.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True)
+    return both * (ratio.clamp_max(1) if norm == "down" else ratio)
 
 
 def partial_guide(yes: Tensor, no: Tensor, scale: float | Tensor, channels: int) -> Tensor:

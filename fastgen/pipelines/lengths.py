@@ -24,7 +24,8 @@ class Lengths:
 
     `lists` are given as a list with one tensor a sample, `variable` as tensors padded to the longest of the batch. `masks` are
     those of `variable` that mark each sample's own part, with their type; `omits_masks`: None where all of it is.
-    `repeated` are lists that hold the same for each sample.
+    `repeated` are lists that hold the same for each sample. `following` belong to no sample and are as long as the padded
+    prompts, such as their positions; of a longer one the shorter is the beginning.
     """
 
     lists: tuple[str, ...] = ()
@@ -32,6 +33,7 @@ class Lengths:
     masks: dict[str, torch.dtype] = field(default_factory=dict)
     omits_masks: bool = False
     repeated: tuple[str, ...] = ()
+    following: tuple[str, ...] = ()
 
     def take(self, call: dict[str, Any], inputs: dict[str, Nest], shared: dict[str, Nest], half: int | None) -> None:
         """Put these arguments of a recorded `call` into a condition's two parts; the padded ones are there already."""
@@ -51,6 +53,10 @@ class Lengths:
             values = inputs[key]
             own = [mask.sum(1) for mask in marks if mask.shape == values.shape[:2]]
             inputs[key] = {"values": values, "lengths": own[0] if own else _count([values.shape[1]] * len(values), values)}
+        for key in self.following:
+            positions, samples = shared.pop(key), len(inputs[self.variable[0]]["lengths"])
+            values = positions.expand(samples, *positions.shape)
+            inputs[key] = {"values": values, "lengths": _count([len(positions)] * samples, values)}
 
     def hand_over(self, arguments: dict[str, Nest], batch: int) -> None:
         """Replace these arguments by what the network takes."""
@@ -58,6 +64,9 @@ class Lengths:
         for key in self.lists:
             values, lengths = arguments[key]["values"], arguments[key]["lengths"].tolist()
             arguments[key] = [sample[:length] for sample, length in zip(values, lengths, strict=True)]
+        for key in self.following:
+            values, lengths = arguments[key]["values"], arguments[key]["lengths"].tolist()
+            arguments[key] = values[lengths.index(max(lengths))][: max(lengths)]
         for key in self.variable:
             values, lengths = arguments[key]["values"], arguments[key]["lengths"].tolist()
             whole = key in self.masks and self.omits_masks and min(lengths) == max(lengths)
@@ -78,7 +87,11 @@ def learn_lengths(
     """From a call with several short prompts and one with a single long one, of the same resolution."""
     variable = tuple(key for key, size in sizes.items() if size in (1, 2) and _differs(short[key], long.get(key)))
     masks = {key: short[key].dtype for key in variable if _is_mask(short[key])}
-    return Lengths(tuple(lists), variable, masks, any(long.get(key) is None for key in masks), tuple(repeated))
+    omits = any(long.get(key) is None for key in masks)
+    tokens = {(short[key].shape[1], long[key].shape[1]) for key in variable if long.get(key) is not None}
+    alone = [key for key, size in sizes.items() if size == 0 and isinstance(short[key], Tensor) and short[key].ndim]
+    following = tuple(key for key in alone if (len(short[key]), len(long[key])) in tokens)
+    return Lengths(tuple(lists), variable, masks, omits, tuple(repeated), following)
 
 
 def is_list(two: Any, three: Any) -> bool:
@@ -87,9 +100,15 @@ def is_list(two: Any, three: Any) -> bool:
     return lists and len(two) > 0 and all(isinstance(x, Tensor) for x in two)
 
 
+def is_nested(value: Any) -> bool:
+    """Whether an argument is a list with a list of one tensor for each sample."""
+    lists = isinstance(value, (list, tuple)) and len(value) > 0
+    return lists and all(isinstance(each, (list, tuple)) and len(each) == 1 and isinstance(each[0], Tensor) for each in value)
+
+
 def is_repeated(two: Any, three: Any) -> bool:
     """Whether an argument is a list of the same thing for each sample, such as the size of its image."""
-    lists = isinstance(two, list) and isinstance(three, list) and (len(two), len(three)) == (2, 3)
+    lists = isinstance(two, list) and isinstance(three, list) and (len(two), len(three)) in ((2, 3), (4, 6))
     return lists and not any(isinstance(x, Tensor) for x in (*two, *three)) and all(x == two[0] for x in two)
 
 

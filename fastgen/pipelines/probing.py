@@ -90,9 +90,9 @@ def record(
         arguments |= arguments.pop("kwargs", {})
         calls.append(arguments)
         answer = (
-            map_tensors(functools.partial(_no_answer, network), next(iter(arguments.values())))
+            map_tensors(functools.partial(_no_answer, network), _samples(next(iter(arguments.values()))))
             if pretend
-            else forward(*args, **(kwargs | {"return_dict": False}))[0]
+            else answered(forward(*args, **(kwargs | {"return_dict": False})))
         )
         outputs.append(answer)
         return Transformer2DModelOutput(sample=answer)
@@ -129,6 +129,16 @@ def record(
     return Recording(calls, outputs, reached["model_output"], reached["sample"], timestep, level)
 
 
+def answered(output: Any) -> Any:
+    """What a network answered without `return_dict`: most put it into a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _samples(given: Any) -> Any:
+    """The noisy latents, out of the lists in which some networks take them among other pictures."""
+    return [each[-1] for each in given] if isinstance(given, list) and isinstance(given[0], list) else given
+
+
 def _no_answer(network: Any, sample: Tensor) -> Tensor:
     """Zeros in the shape of what `network` answers to `sample`: twice the channels where it predicts a variance too."""
     config = network.config
@@ -147,6 +157,7 @@ def _call_arguments(
         "width": width,
         "num_frames": frames,
         "use_resolution_binning": False,
+        "use_kv_cache": False,
         "pag_scale": 0.0,
         "num_inference_steps": 2,
         "guidance_scale": PROBE_GUIDANCE,

@@ -7,6 +7,7 @@ condition. What the pipeline hands its scheduler, next to what the network answe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Condition, Nest
 from fastgen.errors import UserError
-from fastgen.pipelines.guidance import PROBE_GUIDANCE, Guides, read_guidance
-from fastgen.pipelines.lengths import Lengths, is_list, is_repeated, learn_lengths
+from fastgen.pipelines.guidance import PROBE_GUIDANCE, Guides, Renormalises, read_guidance
+from fastgen.pipelines.lengths import Lengths, is_list, is_nested, is_repeated, learn_lengths
 from fastgen.pipelines.probing import Recording, probe, record, sample_and_time, silent
 from fastgen.process import EDM, VP, Flow, Kind, Process, Trig
 
@@ -41,14 +42,15 @@ class CallForm:
 
     `time_scale` times a scheduler's timestep is what the network gets, or with `time_reversed` times what is left of the
     schedule. `null_first` is the order of the two halves, or of the two calls. `guidance_offset` plus the pipeline's scale is
-    the scale in the convention u + g (c - u); `renormalises`: the result then gets the conditional output's norm along the last
-    dimension; with `guided_channels` so many channels are guided and the others are the conditional output's. `guidance_factor`
+    the scale in the convention u + g (c - u); `renormalises`: whether the result then gets the conditional output's norm; with
+    `guided_channels` so many channels are guided and the others are the conditional output's. `guidance_factor`
     times an embedded scale is what the network gets. `sign` times an output is what the scheduler gets. `sizes` mirrors the
     arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none. `lengths`
     tells of arguments whose length depends on the prompt. `sample_lists`: the noisy latents go in, and come out, as a list of
     one tensor a sample, with a frame axis. `companion`: along this dimension the latents are followed by something that does
-    not change, as the empty place of a reference picture. `alone`: the pipeline takes one prompt a call. `pixels` are the
-    height and width that were recorded.
+    not change, as the empty place of a reference picture. `batch_second` are arguments with the batch in the second dimension,
+    which a condition keeps in the first; `nested` are lists that hold a list of one tensor for each sample. `alone`: the
+    pipeline takes one prompt a call. `pixels` are the height and width that were recorded.
     """
 
     sample_name: str
@@ -65,11 +67,13 @@ class CallForm:
     time_reversed: bool = False
     guidance_factor: float = 1
     sign: int = 1
-    renormalises: bool = False
+    renormalises: Renormalises = "never"
     guided_channels: int | None = None
     sample_lists: bool = False
     lengths: Lengths = field(default_factory=Lengths)
     companion: int | None = None
+    batch_second: tuple[str, ...] = ()
+    nested: tuple[str, ...] = ()
     alone: bool = False
     pixels: tuple[int, int] = (0, 0)
 
@@ -115,17 +119,21 @@ def learn_form(pipeline: Pipeline) -> CallForm:
         seen = probe(diffusers, network, pipeline.height, pipeline.width)
     full, real, long = seen.full, seen.real, seen.long
     sample, time = sample_and_time(network)
-    companion = _companion(stacked(real.calls[0][sample]), real.sample, name)
+    nested = tuple(key for key, value in real.calls[0].items() if is_nested(value))
     for each in (full, real, long):
-        set_companion_apart(each, sample, companion)
+        unnest(each, nested)
+    companion = _companion(stacked(real.calls[0][sample]), real.sample, name)
+    second = _batch_second(real.calls[0], full.calls[0])
+    for each in (full, real, long):
+        rearrange(each, sample, companion, second)
     first = real.calls[0]
     rows = len(stacked(first[sample]))
-    scale, time_reversed = (1.0, False) if pipeline.knows_time else _read_time(diffusers, seen.timed, time)
+    scale, time_reversed = (1.0, False) if pipeline.knows_time else _read_time(diffusers, (real, seen.timed), time)
     flows = isinstance(pipeline.process, Flow)  # A flow may point either way, an epsilon may not.
     predicted = [_own_part(x, real.sample, companion) for x in real.outputs]
     handed = _own_part(real.handed, real.sample, None) / pipeline.scheduler_scale
     guidance = read_guidance([_as_handed(pipeline, x, real) for x in predicted], handed, name, signs=(1, -1) if flows else (1,))
-    fixed = (sample, time, *FRESH)
+    fixed = (sample, time, *FRESH, *pipeline.makes)
     if seen.alone:
         lists: list[str] = []
         alike: list[str] = []
@@ -152,6 +160,8 @@ def learn_form(pipeline: Pipeline) -> CallForm:
         sample_lists=isinstance(first[sample], (list, tuple)),
         lengths=learn_lengths(full.calls[0], long.calls[0], lists, alike, sizes),
         companion=companion,
+        batch_second=second,
+        nested=nested,
         alone=seen.alone,
         pixels=seen.pixels,
     )
@@ -182,12 +192,29 @@ def _companion(shown: Tensor, latents: Tensor, name: str) -> int | None:
     raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
 
 
-def set_companion_apart(seen: Recording, sample: str, companion: int | None) -> None:
-    """Make an argument of its own of what follows the latents in every recorded call."""
-    if companion is None:
-        return
-    size = seen.sample.shape[companion]
+def _batch_second(two: dict[str, Any], three: dict[str, Any]) -> tuple[str, ...]:
+    """Arguments whose second dimension follows the batch, and the first does not: from the values for two and three samples."""
+
+    def follows(x: Any, y: Any) -> bool:
+        tensors = isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > 2 and x.ndim == y.ndim
+        return tensors and len(x) == len(y) and x.shape[1] % 2 == 0 and x.shape[1] * 3 == y.shape[1] * 2 <= 12
+
+    return tuple(key for key in two if follows(two[key], three.get(key)))
+
+
+def unnest(seen: Recording, nested: Sequence[str]) -> None:
+    """Take each sample's tensor out of the list that holds it alone."""
     for call in seen.calls:
+        call |= {key: [value[0] for value in call[key]] for key in nested}
+
+
+def rearrange(seen: Recording, sample: str, companion: int | None, batch_second: Sequence[str]) -> None:
+    """Make every argument of the recorded calls batch first, and one of its own of what follows the latents."""
+    for call in seen.calls:
+        call |= {key: call[key].transpose(0, 1) for key in batch_second}
+        if companion is None:
+            continue
+        size = seen.sample.shape[companion]
         call[COMPANION] = call[sample].narrow(companion, size, call[sample].shape[companion] - size)
         call[sample] = call[sample].narrow(companion, 0, size)
 
@@ -197,18 +224,19 @@ def stacked(samples: Any) -> Tensor:
     return torch.stack(list(samples)).squeeze(2) if isinstance(samples, (list, tuple)) else samples
 
 
-def _read_time(diffusers: Any, timed: Recording, name: str) -> tuple[float, bool]:
+def _read_time(diffusers: Any, seen: Sequence[Recording], name: str) -> tuple[float, bool]:
     """How the network's time follows from the scheduler's: by which scale, and whether it runs the other way."""
-    time, own = float(torch.as_tensor(timed.calls[0][name]).flatten()[0]), float(timed.timestep)
-    left = diffusers.scheduler.config.get("num_train_timesteps", 1000) - own
-    for scale in TIME_SCALES:
-        if abs(time - own * scale) <= 1e-2 * own * scale:
-            return scale, False
-    for scale in TIME_SCALES:
-        if abs(time - left * scale) <= 1e-2 * max(left, 1) * scale:
-            return scale, True
+    steps = diffusers.scheduler.config.get("num_train_timesteps", 1000)
+    times = [float(torch.as_tensor(each.calls[0][name]).flatten()[0]) for each in seen]
+    own = [float(each.timestep) for each in seen]
+    for reverse, scale in itertools.product((False, True), TIME_SCALES):
+        expected = [scale * (steps - each if reverse else each) for each in own]
+        if all(abs(x - y) <= 1e-2 * max(y, scale * reverse) for x, y in zip(times, expected, strict=True)):
+            return scale, reverse
     kind = type(diffusers).__name__
-    raise UserError(f"{kind} tells its network the time {time:.4g} at timestep {own:.4g}, in a way fastgen does not know")
+    raise UserError(
+        f"{kind} tells its network the time {times[0]:.4g} at timestep {own[0]:.4g}, in a way fastgen does not know"
+    )
 
 
 def _own_part(output: Any, latents: Tensor, companion: int | None) -> Tensor:
@@ -248,10 +276,14 @@ def record_condition(
     if form.alone and len(prompts) > 1:
         return Condition.cat([record_condition(pipeline, network, form, [prompt], height, width) for prompt in prompts])
     seen = record(pipeline, network, prompts, height=height, width=width, pretend=True, alone=form.alone)
-    set_companion_apart(seen, form.sample_name, form.companion)
+    unnest(seen, form.nested)
+    rearrange(seen, form.sample_name, form.companion, form.batch_second)
     if form.guides == "paired":
         yes, no = (seen.calls[1], seen.calls[0]) if form.null_first else (seen.calls[0], seen.calls[1])
-        return _condition(yes, form, None, _condition(no, form, None))
+        null = _condition(no, form, None)
+        if len(null) < len(prompts):  # One empty prompt for all, which the network repeats.
+            null = null[[0] * len(prompts)]
+        return _condition(yes, form, None, null)
     if form.guides == "batched":
         halves = (1, 0) if form.null_first else (0, 1)
         yes_half, no_half = (_condition(seen.calls[0], form, half) for half in halves)

@@ -150,6 +150,6 @@ def qwen_vae(channels: int = 4) -> AutoencoderKLQwenImage:
 def awake(network: Any, std: float = 0.2) -> Any:
     """The same network with random weights where it was made with zeros, which would let no block say anything."""
     for parameter in network.parameters():
-        if not parameter.any():
+        if parameter.ndim > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=std)
     return network

@@ -98,15 +98,17 @@ def kandinsky5() -> Kandinsky5T2IPipeline:
         **{"patch_size": (1, 2, 2), "model_dim": 16, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2},
         **{"axes_dims": (1, 1, 2), "visual_cond": False, "attention_type": "regular"},
     )
-    return Kandinsky5T2IPipeline(
+    pipeline = Kandinsky5T2IPipeline(
         **{
-            "transformer": network,
+            "transformer": awake(network),
             "vae": vae(4, 4, scaling_factor=0.3611),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
         },
         **{"text_encoder": qwen_vision(), "tokenizer": letters(), "text_encoder_2": clip(length=77)},
         tokenizer_2=clip_tokenizer(),
     )
+    pipeline.resolutions = [(64, 64), (64, 128), (128, 64)]  # Whatever is asked for becomes one of these.
+    return pipeline
 
 
 def nucleus() -> NucleusMoEImagePipeline:
