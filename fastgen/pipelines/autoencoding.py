@@ -21,7 +21,7 @@ def autoencoder(diffusers: Any) -> Any:
 
 def encodes_frames(vae: nn.Module) -> bool:
     """Whether an autoencoder is one for videos, to which an image is a single frame."""
-    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    return any(isinstance(module, nn.Conv3d) or "CausalConv3d" in type(module).__name__ for module in vae.modules())
 
 
 def encode_images(vae: Any, images: Tensor) -> Tensor:

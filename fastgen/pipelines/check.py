@@ -29,7 +29,7 @@ from fastgen.pipelines.tiny import PROMPTS, builders, text_to_image, text_to_vid
 
 PIXELS = 64
 FRAMES = 9
-SHORTER = {"num_frames": FRAMES, "enable_prompt_rewrite": False}
+SHORTER = {"num_frames": FRAMES, "enable_prompt_rewrite": False, "prior_num_inference_steps": 2}
 GUIDANCE = 4.0
 EXACT = 1e-5
 

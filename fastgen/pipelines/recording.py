@@ -152,7 +152,7 @@ def learn_form(pipeline: Pipeline) -> CallForm:
         **guidance,
         takes_guidance=takes_guidance,
         embeds_guidance=takes_guidance or told,
-        learns_variance=stacked(real.outputs[0]).shape[1] == 2 * real.sample.shape[1],
+        learns_variance=real.sample.ndim != 3 and stacked(real.outputs[0]).shape[1] == 2 * real.sample.shape[1],
         sizes=sizes,
         latent_shape=tuple(full.sample.shape[1:]),
         time_reversed=time_reversed,
@@ -243,6 +243,8 @@ def _own_part(output: Any, latents: Tensor, companion: int | None) -> Tensor:
     output = stacked(output)
     if companion is not None:
         output = output.narrow(companion, 0, latents.shape[companion])
+    if latents.ndim == 3:  # Tokens, the last of a longer sequence.
+        return output[:, -latents.shape[1] :]
     return output.chunk(2, 1)[0] if output.shape[1] == 2 * latents.shape[1] else output
 
 

@@ -14,6 +14,7 @@ import torch
 
 from fastgen.pipelines.tiny import (
     classic_transformers,
+    combined,
     language_transformers,
     prompted_transformers,
     recent_transformers,
@@ -29,15 +30,8 @@ __all__ = ["PROMPTS", "builders", "text_to_image", "text_to_video"]
 
 def builders() -> dict[str, Callable[[], Any]]:
     """For each class name that there is a tiny model of, the function that builds one."""
-    modules = (
-        unets,
-        classic_transformers,
-        prompted_transformers,
-        language_transformers,
-        transformers,
-        recent_transformers,
-        videos,
-    )
+    images = (unets, classic_transformers, prompted_transformers, language_transformers, transformers, recent_transformers)
+    modules = (*images, combined, videos)
     known: dict[str, Callable[[], Any]] = {name: build for module in modules for name, build in module.BUILDERS.items()}
     return {name: functools.partial(_seeded, build) for name, build in known.items()}
 

@@ -51,6 +51,9 @@ class _Processor(Letters):
     def tokenizer(self) -> Any:
         return self
 
+    def apply_chat_template(self, *args: Any, **options: Any) -> Any:
+        return [super().apply_chat_template(*args, **options)]
+
 
 def qwen_image_21() -> QwenImage21Pipeline:
     """Qwen-Image 2.1: one sequence of prompt and picture, pictures with transparency."""
@@ -62,10 +65,12 @@ def qwen_image_21() -> QwenImage21Pipeline:
         **{"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1},
         **{"latents_mean": [0.1] * 4, "latents_std": [1.5] * 4},
     )
-    return QwenImage21Pipeline(
+    pipeline = QwenImage21Pipeline(
         **{"transformer": awake(network), "vae": autoencoder, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)},
         **{"text_encoder": qwen_vision(3), "processor": letters(_Processor, model_max_length=600)},
     )
+    pipeline._img_token_id = -1  # Where every letter is a token, none stands for a picture.
+    return pipeline
 
 
 def z_image_omni() -> ZImageOmniPipeline:
