@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +11,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.export import export, read_export
-from fastgen.pipelines import LoraOptions, Pipeline
-from fastgen.process import VP
-from fastgen.samplers import FewStep, even_times, timesteps_to_times
+from fastgen.pipelines import Pipeline
+from fastgen.samplers import FewStep, timesteps_to_times
 from tests import tiny_models as tiny
-
-PROMPT = "a red cube"
-SEED = 11
-
-# Runs without fastgen: every case is loaded by stock diffusers, called as fastgen.json says, and its latents kept.
-STOCK = """
-import sys
-sys.modules["fastgen"] = None
-import json, re, torch, diffusers
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-torch.set_num_threads(1)
-latents = {}
-for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
-    folder = Path(case["folder"])
-    told = json.loads((folder / "fastgen.json").read_text())
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(case["base"])
-    if told["format"] == "diffusers-lora":
-        pipeline.load_lora_weights(folder)
-        scheduler = getattr(diffusers, told["scheduler"]["class"])
-        pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
-    assert type(pipeline).__name__ == told["pipeline"] and type(pipeline.scheduler).__name__ == told["scheduler"]["class"]
-    pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(case["seed"])
-    generator = torch.Generator().manual_seed(case["seed"])
-    noise = load_file(case["noise"])["noise"]
-    drawn = pipeline(case["prompt"], latents=noise, generator=generator, output_type="latent", **told["call"]).images
-    latents[case["name"]] = drawn.contiguous()
-    if case["snippet"]:
-        code = re.search("```python\\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
-        exec(code.replace("image.png", str(folder / "image.png")), {})
-save_file(latents, Path(sys.argv[1], "latents.safetensors"))
-assert not any(name.startswith("fastgen.") for name in sys.modules)
-"""
-
-
-@dataclass
-class Case:
-    """One export: a base, how its student is trained, and how it is sampled."""
-
-    base: Callable[[], Any]
-    mode: str
-    gamma: float
-    steps: int = 4
-    guidance: float = 1.0
-    timesteps: tuple[int, ...] = ()
-    shift: float = 1.0
-    size: int | None = None
-    embeds: bool = False
-    format: str = ""
-    scheduler: str = ""
-    snippet: bool = False
-    tolerance: float = 1e-4
+from tests.exports import Case, Drawn, drawn_elsewhere, trained, wrapped
 
 
 def euler() -> Any:
@@ -84,89 +27,42 @@ def euler() -> Any:
 
 
 CASES = {
-    "ddim": Case(tiny.toy, "full", 0.0, scheduler="DDIMScheduler", snippet=True),
-    "one_step": Case(tiny.toy, "lora", 0.0, steps=1, scheduler="DDIMScheduler"),
-    "lcm_lora": Case(tiny.toy, "lora", 1.0, scheduler="LCMScheduler", snippet=True),
-    "lcm_merged": Case(tiny.toy, "lora", 1.0, format="diffusers", scheduler="LCMScheduler"),
-    "tcd": Case(tiny.toy, "full", 0.3, scheduler="TCDScheduler"),
+    "ddim": Case(tiny.toy, "diffusers", scheduler="DDIMScheduler", card=True),
+    "one_step": Case(tiny.toy, "diffusers-lora", mode="lora", steps=1, scheduler="DDIMScheduler"),
+    "lcm_lora": Case(tiny.toy, "diffusers-lora", mode="lora", gamma=1.0, scheduler="LCMScheduler", card=True),
+    "lcm_merged": Case(tiny.toy, "diffusers", mode="lora", gamma=1.0, scheduler="LCMScheduler"),
+    "tcd": Case(tiny.toy, "diffusers", gamma=0.3, scheduler="TCDScheduler"),
     # A squared signal of 2^-24 where the toy's table has none.
-    "three_steps": Case(tiny.toy, "lora", 0.0, steps=3, scheduler="EulerDiscreteScheduler", tolerance=1e-3),
-    "embedded": Case(tiny.toy, "full", 1.0, guidance=7.0, embeds=True, scheduler="LCMScheduler"),
-    "guided_eps": Case(tiny.sd15, "full", 0.0, steps=8, guidance=4.0, scheduler="DDIMScheduler"),
-    "from_euler": Case(euler, "lora", 1.0, timesteps=(999, 749, 300), scheduler="LCMScheduler"),
-    "sdxl_lora": Case(tiny.sdxl, "lora", 1.0, timesteps=(999, 749, 499, 249), scheduler="LCMScheduler"),
-    "sdxl_full": Case(tiny.sdxl, "full", 0.0, timesteps=(999, 480), scheduler="EulerDiscreteScheduler"),
-    "sd3_lora": Case(tiny.sd3, "lora", 0.0, shift=3.0, scheduler="FlowMatchEulerDiscreteScheduler"),
-    "sd3_full": Case(tiny.sd3, "full", 1.0, steps=2, shift=3.0, scheduler="FlowMatchEulerDiscreteScheduler"),
-    "flux_lora": Case(tiny.flux, "lora", 1.0, guidance=3.5, size=64, scheduler="FlowMatchEulerDiscreteScheduler"),
-    "flux_full": Case(tiny.flux, "full", 0.0, guidance=2.0, size=64, scheduler="FlowMatchEulerDiscreteScheduler"),
+    "three_steps": Case(tiny.toy, "diffusers-lora", mode="lora", steps=3, scheduler="EulerDiscreteScheduler", error=1e-3),
+    "embedded": Case(tiny.toy, "diffusers", gamma=1.0, guidance=7.0, embeds=True, scheduler="LCMScheduler"),
+    "guided_eps": Case(tiny.sd15, "diffusers", steps=8, guidance=4.0, scheduler="DDIMScheduler"),
+    "from_euler": Case(euler, "diffusers-lora", mode="lora", gamma=1.0, timesteps=(999, 749, 300), scheduler="LCMScheduler"),
+    "sdxl_lora": Case(
+        tiny.sdxl, "diffusers-lora", mode="lora", gamma=1.0, timesteps=(999, 749, 499, 249), scheduler="LCMScheduler"
+    ),
+    "sdxl_full": Case(tiny.sdxl, "diffusers", timesteps=(999, 480), scheduler="EulerDiscreteScheduler"),
+    "sd3_lora": Case(tiny.sd3, "diffusers-lora", mode="lora", shift=3.0, scheduler="FlowMatchEulerDiscreteScheduler"),
+    "sd3_full": Case(tiny.sd3, "diffusers", gamma=1.0, steps=2, shift=3.0, scheduler="FlowMatchEulerDiscreteScheduler"),
+    "flux_lora": Case(
+        tiny.flux, "diffusers-lora", mode="lora", gamma=1.0, guidance=3.5, size=64, scheduler="FlowMatchEulerDiscreteScheduler"
+    ),
+    "flux_full": Case(tiny.flux, "diffusers", guidance=2.0, size=64, scheduler="FlowMatchEulerDiscreteScheduler"),
 }
 
 
-def trained(pipeline: Pipeline, *, embeds: bool = False) -> Denoiser:
-    """A student that has moved away from its teacher."""
-    torch.manual_seed(1)
-    student = pipeline.trainable("student", guidance_embedding=embeds)
-    with torch.no_grad():
-        for weight in student.parameters():
-            weight += 0.1 * torch.randn_like(weight) * max(float(weight.std()) if weight.numel() > 1 else 0.0, 0.1)
-    return student.eval()
-
-
-def wrapped(case: Case) -> Pipeline:
-    # Another role on the same base must leave no trace in the export.
-    options = LoraOptions(rank=4, alpha=10.0)
-    roles = {"student": case.mode, "fake_score": case.mode}
-    pipeline = Pipeline.wrap(case.base(), roles=roles, lora=options, height=case.size, width=case.size)
-    if case.mode == "lora":
-        trained_other = pipeline.trainable("fake_score")
-        torch.nn.init.normal_(next(p for n, p in trained_other.named_parameters() if "lora_B" in n))
-    return pipeline
-
-
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Every case exported and sampled here; then all of them sampled by one process without fastgen."""
-    root, ours, cases = tmp_path_factory.mktemp("exports"), {}, []
-    for name, case in CASES.items():
-        pipeline = wrapped(case)
-        base = root / f"base-{name}"
-        pipeline_format = case.format or {"full": "diffusers", "lora": "diffusers-lora"}[case.mode]
-        if pipeline_format == "diffusers-lora":
-            case.base().save_pretrained(base)
-        student = trained(pipeline, embeds=case.embeds)
-        times = timesteps_to_times(pipeline.process, case.timesteps) or even_times(case.steps, pipeline.process, case.shift)
-        sampler = FewStep(times, case.gamma, case.guidance)
-        record = {"method": "lcm", "base": str(base), "updates": 3, "averaged": True, "prompt": PROMPT}
-        folder = export(pipeline, student, sampler, root / name, format=pipeline_format, record=record)
-        torch.manual_seed(SEED)
-        noise = torch.randn(1, *pipeline.latent_shape)
-        save_file({"noise": noise}, root / f"{name}.safetensors")
-        # Flow pipelines keep their generator from the scheduler, which then draws from the global one.
-        generator = torch.Generator().manual_seed(SEED) if isinstance(pipeline.process, VP) else None
-        condition = pipeline.encode_prompts([PROMPT])
-        torch.manual_seed(SEED)
-        with torch.no_grad():
-            ours[name] = sampler.sample(student, noise, condition, generator=generator)
-        where = {"folder": str(folder), "base": str(base if pipeline_format == "diffusers-lora" else folder)}
-        where |= {"noise": str(root / f"{name}.safetensors"), "prompt": PROMPT, "name": name}
-        cases.append(where | {"seed": SEED, "snippet": case.snippet})
-    (root / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, "-c", STOCK, str(root)], cwd=root, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, ours, load_file(root / "latents.safetensors")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    return drawn_elsewhere(CASES, tmp_path_factory.mktemp("exports"))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plain_diffusers_draws_what_we_draw(name: str, exported: Any) -> None:
-    root, ours, theirs = exported
-    error = float((theirs[name] - ours[name]).norm() / ours[name].norm())
-    assert error < CASES[name].tolerance
-    assert read_export(root / name)["scheduler"]["class"] == CASES[name].scheduler
+def test_plain_diffusers_draws_what_we_draw(name: str, exported: Drawn) -> None:
+    assert exported.error(name) < CASES[name].error
+    assert read_export(exported.root / name)["scheduler"]["class"] == CASES[name].scheduler
 
 
-def test_the_students_weights_are_in_the_export(exported: Any) -> None:
-    root, _, _ = exported
+def test_the_students_weights_are_in_the_export(exported: Drawn) -> None:
+    root = exported.root
     student = load_file(root / "lcm_merged" / "unet" / "diffusion_pytorch_model.safetensors")
     teacher = tiny.toy().unet.state_dict()
     assert student.keys() == teacher.keys()
@@ -175,8 +71,8 @@ def test_the_students_weights_are_in_the_export(exported: Any) -> None:
     assert all(key.startswith("unet.") and re.search(r"\.lora_[AB]\.weight$", key) for key in lora)
 
 
-def test_weights_say_where_they_come_from(exported: Any) -> None:
-    root, _, _ = exported
+def test_weights_say_where_they_come_from(exported: Drawn) -> None:
+    root = exported.root
     for file in ("ddim/unet/diffusion_pytorch_model.safetensors", "lcm_lora/pytorch_lora_weights.safetensors"):
         with safe_open(root / file, framework="pt") as reader:
             labels = reader.metadata()
@@ -187,9 +83,9 @@ def test_weights_say_where_they_come_from(exported: Any) -> None:
         assert "base-" in labels["fastgen.base"]
 
 
-def test_the_model_cards_lines_draw_a_picture(exported: Any) -> None:
-    root, _, _ = exported
-    for name in (name for name, case in CASES.items() if case.snippet):
+def test_the_model_cards_lines_draw_a_picture(exported: Drawn) -> None:
+    root = exported.root
+    for name in (name for name, case in CASES.items() if case.card):
         assert (root / name / "image.png").stat().st_size > 100
     assert "num_inference_steps=4, guidance_scale=1.0" in (root / "sdxl_lora" / "README.md").read_text()
     card = (root / "from_euler" / "README.md").read_text()

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,196 +10,48 @@ import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.export import export, read_export
 from fastgen.export.folder import merged
 from fastgen.export.layouts import layout_of, original_weights
 from fastgen.export.lora import lora_weights
 from fastgen.pipelines import LoraOptions, Pipeline
-from fastgen.process import VP
 from fastgen.samplers import FewStep, even_times
 from tests import tiny_models as tiny
-
-PROMPT = "a red cube"
-SEED = 11
-
-# diffusers writes the width of FLUX.1, 3072, into its converters; a tiny model needs its own there.
-STOCK = """
-import sys
-sys.modules["fastgen"] = None
-import inspect, json, re, torch, diffusers
-from diffusers.loaders import lora_conversion_utils, lora_pipeline, single_file_model, single_file_utils
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-torch.set_num_threads(1)
-
-def narrowed(module, name):
-    source = inspect.getsource(getattr(module, name)).replace("3072", "32").replace("12288", "128")
-    exec(source, module.__dict__)
-    return getattr(module, name)
-
-lora_pipeline._convert_kohya_flux_lora_to_diffusers = narrowed(lora_conversion_utils, "_convert_kohya_flux_lora_to_diffusers")
-for kind in ("flux", "chroma"):
-    known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[f"{kind.title()}Transformer2DModel"]
-    known["checkpoint_mapping_fn"] = narrowed(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
-
-latents, weights = {}, {}
-for case in json.loads(Path(sys.argv[1], "cases.json").read_text()):
-    folder = Path(case["folder"])
-    told = json.loads((folder / "fastgen.json").read_text())
-    stock, local = getattr(diffusers, told["pipeline"]), {"config": case["base"], "local_files_only": True}
-    code = re.search("```python\\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
-    card = {}
-    exec(code.replace("image.png", str(folder / "image.png")), card)
-    assert isinstance(card["pipeline"], stock) and (folder / "image.png").stat().st_size > 100
-    if "custom_pipeline" in told:
-        refused = False
-        try:
-            diffusers.DiffusionPipeline.from_pretrained(folder)
-        except ValueError as problem:
-            refused = "trust_remote_code" in str(problem)
-        pipeline = card["pipeline"].to("cpu")
-        assert refused and type(pipeline).__name__ == told["custom_pipeline"]["class"]
-    elif told["format"] in ("diffusers", "fused"):
-        pipeline = stock.from_pretrained(folder)
-    elif told["format"] != "single-file":
-        pipeline = stock.from_pretrained(case["base"])
-        pipeline.load_lora_weights(folder, weight_name=told["file"])
-    elif hasattr(stock, "from_single_file") and told["network"] == "UNet2DConditionModel":
-        pipeline = stock.from_single_file(str(folder / told["file"]), **local)
-    else:
-        network = getattr(diffusers, told["network"])
-        network = network.from_single_file(str(folder / told["file"]), subfolder="transformer", **local)
-        pipeline = stock.from_pretrained(case["base"], transformer=network)
-    if told["format"] == "single-file":
-        parts = {name: part.state_dict() for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        weights |= {f"{case['name']}/{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
-    if told["format"] not in ("diffusers", "fused"):
-        scheduler = getattr(diffusers, told["scheduler"]["class"])
-        pipeline.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
-    pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(case["seed"])
-    generator = torch.Generator().manual_seed(case["seed"])
-    noise = load_file(case["noise"])["noise"]
-    drawn = pipeline(case["prompt"], latents=noise, generator=generator, output_type="latent", **told["call"]).images
-    latents[case["name"]] = drawn.contiguous()
-save_file(latents, Path(sys.argv[1], "latents.safetensors"))
-save_file({key: value.clone() for key, value in weights.items()}, Path(sys.argv[1], "weights.safetensors"))
-assert not any(name.startswith("fastgen.") for name in sys.modules)
-"""
-
-
-def sdxl() -> Any:
-    """With a second text encoder of another width than the first, by which diffusers tells them apart in a single file."""
-    pipeline = tiny.sdxl()
-    config = pipeline.text_encoder_2.config
-    config.hidden_size, config.intermediate_size, config.num_attention_heads = 40, 41, 5
-    pipeline.text_encoder_2 = type(pipeline.text_encoder_2)(config).eval()
-    width = tiny.WIDTH + 40
-    pipeline.unet = tiny.unet(**{**pipeline.unet.config, "cross_attention_dim": width})
-    return pipeline
-
-
-@dataclass
-class Case:
-    base: Callable[[], Any]
-    format: str
-    mode: str = "lora"
-    gamma: float = 0.0
-    shift: float = 1.0
-    guidance: float = 1.0
-    size: int | None = None
-    rank: int = 4
-    steps: int = 2
-
+from tests.exports import Case, Drawn, drawn_elsewhere, sdxl, trained, wrapped
 
 CASES = {
-    "kohya_sd15": Case(tiny.sd15, "kohya", gamma=1.0),
-    "kohya_sdxl": Case(sdxl, "kohya", gamma=1.0),
-    "kohya_flux": Case(tiny.flux, "kohya", shift=3.0, guidance=3.5, size=64),
-    "comfyui_sdxl": Case(sdxl, "comfyui"),
-    "comfyui_flux": Case(tiny.flux, "comfyui", guidance=3.5, size=64, rank=3),
-    "comfyui_chroma": Case(tiny.chroma, "comfyui", size=64),
-    "single_sd15": Case(tiny.sd15, "single-file", mode="full"),
-    "single_sdxl": Case(sdxl, "single-file", gamma=1.0),
-    "single_sd3": Case(tiny.sd3, "single-file", shift=3.0),
-    "single_flux": Case(tiny.flux, "single-file", mode="full", guidance=3.5, size=64),
-    "single_chroma": Case(tiny.chroma, "single-file", size=64),
-    "custom_sd3": Case(tiny.sd3, "fused", gamma=0.3, shift=3.0, steps=3),
-    "custom_flux": Case(tiny.flux, "diffusers", mode="full", gamma=0.7, size=64, steps=3),
-    "fused_toy": Case(tiny.toy, "fused", gamma=1.0),
+    "kohya_sd15": Case(tiny.sd15, "kohya", gamma=1.0, mode="lora", steps=2, card=True),
+    "kohya_sdxl": Case(sdxl, "kohya", gamma=1.0, mode="lora", steps=2, card=True),
+    "kohya_flux": Case(tiny.flux, "kohya", shift=3.0, guidance=3.5, size=64, mode="lora", steps=2, card=True),
+    "comfyui_sdxl": Case(sdxl, "comfyui", mode="lora", steps=2, card=True),
+    "comfyui_flux": Case(tiny.flux, "comfyui", guidance=3.5, size=64, rank=3, mode="lora", steps=2, card=True),
+    "comfyui_chroma": Case(tiny.chroma, "comfyui", size=64, mode="lora", steps=2, card=True),
+    "single_sd15": Case(tiny.sd15, "single-file", steps=2, card=True),
+    "single_sdxl": Case(sdxl, "single-file", gamma=1.0, mode="lora", steps=2, card=True),
+    "single_sd3": Case(tiny.sd3, "single-file", shift=3.0, mode="lora", steps=2, card=True),
+    "single_flux": Case(tiny.flux, "single-file", guidance=3.5, size=64, steps=2, card=True),
+    "single_chroma": Case(tiny.chroma, "single-file", size=64, mode="lora", steps=2, card=True),
+    "custom_sd3": Case(tiny.sd3, "fused", gamma=0.3, shift=3.0, steps=3, mode="lora", card=True),
+    "custom_flux": Case(tiny.flux, "diffusers", gamma=0.7, size=64, steps=3, card=True),
+    "fused_toy": Case(tiny.toy, "fused", gamma=1.0, mode="lora", steps=2, card=True),
 }
 
 
-def wrapped(case: Case) -> Pipeline:
-    lora = LoraOptions(rank=case.rank, alpha=10.0)
-    return Pipeline.wrap(case.base(), roles={"student": case.mode}, lora=lora, height=case.size, width=case.size)
-
-
-def trained(pipeline: Pipeline) -> Denoiser:
-    """A student that has moved away from its teacher."""
-    torch.manual_seed(1)
-    student = pipeline.trainable("student")
-    with torch.no_grad():
-        for weight in student.parameters():
-            weight += 0.1 * torch.randn_like(weight) * max(float(weight.std()) if weight.numel() > 1 else 0.0, 0.1)
-    return student.eval()
-
-
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Every case exported and sampled here; then all of them sampled by one process without fastgen."""
-    root, ours, cases = tmp_path_factory.mktemp("formats"), {}, []
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        pipeline = wrapped(case)
-        base = root / f"base-{name}"
-        pipeline.diffusers.save_pretrained(base)
-        student = trained(pipeline)
-        sampler = FewStep(even_times(case.steps, pipeline.process, case.shift), case.gamma, case.guidance)
-        folder = export(
-            pipeline,
-            student,
-            sampler,
-            root / name,
-            format=case.format,
-            record={"base": str(base), "method": "lcm", "prompt": PROMPT},
-        )
-        torch.manual_seed(SEED)
-        noise = torch.randn(1, *pipeline.latent_shape)
-        save_file({"noise": noise}, root / f"{name}.safetensors")
-        generator = torch.Generator().manual_seed(SEED) if isinstance(pipeline.process, VP) else None
-        condition = pipeline.encode_prompts([PROMPT])
-        torch.manual_seed(SEED)
-        with torch.no_grad():
-            ours[name] = sampler.sample(student, noise, condition, generator=generator)
-        where = {"folder": str(folder), "base": str(base), "noise": str(root / f"{name}.safetensors")}
-        cases.append(where | {"prompt": PROMPT, "name": name, "seed": SEED})
-    (root / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "HF_HOME": str(root / "hub"), "HF_MODULES_CACHE": str(root / "modules")}
-    command = [sys.executable, "-c", STOCK, str(root)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, ours, load_file(root / "latents.safetensors")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    return drawn_elsewhere(CASES, tmp_path_factory.mktemp("formats"))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plain_diffusers_draws_what_we_draw(name: str, exported: Any) -> None:
-    _, ours, theirs = exported
-    error = float((theirs[name] - ours[name]).norm() / ours[name].norm())
-    assert error < 1e-4
+def test_plain_diffusers_draws_what_we_draw(name: str, exported: Drawn) -> None:
+    assert exported.error(name) < 1e-4
 
 
-def one_file(root: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(root / name / f"{name}.safetensors")
-
-
-def test_kohyas_keys_of_sd15_are_diffusers_own_helpers(exported: Any) -> None:
-    root, _, _ = exported
-    file = one_file(root, "kohya_sd15")
+def test_kohyas_keys_of_sd15_are_diffusers_own_helpers(exported: Drawn) -> None:
+    file = exported.file("kohya_sd15")
     torch.manual_seed(0)
     pipeline = wrapped(CASES["kohya_sd15"])
     weights = lora_weights(trained(pipeline).own, torch.float32)
@@ -214,9 +61,8 @@ def test_kohyas_keys_of_sd15_are_diffusers_own_helpers(exported: Any) -> None:
     assert all(float(file[key]) == 4.0 for key in file if key.endswith(".alpha"))
 
 
-def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Any) -> None:
-    root, _, _ = exported
-    sdxl_keys, flux_keys = one_file(root, "kohya_sdxl"), one_file(root, "kohya_flux")
+def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Drawn) -> None:
+    sdxl_keys, flux_keys = exported.file("kohya_sdxl"), exported.file("kohya_flux")
     assert sdxl_keys["lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lora_down.weight"].shape == (4, 32)
     for part in ("input_blocks_1_0_in_layers_2", "input_blocks_2_0_op", "middle_block_1_proj_in", "output_blocks_1_2_conv"):
         assert f"lora_unet_{part}.lora_up.weight" in sdxl_keys
@@ -228,24 +74,23 @@ def test_kohyas_keys_of_sdxl_and_flux_are_the_original_names(exported: Any) -> N
     assert float(flux_keys[f"{qkv}.alpha"]) == 12.0
     assert flux_keys["lora_unet_single_blocks_1_linear1.lora_up.weight"].shape == (32 * 3 + 128, 16)
     for name in ("kohya_sd15", "kohya_sdxl", "kohya_flux"):
-        keys = one_file(root, name)
+        keys = exported.file(name)
         layers = {key.partition(".")[0] for key in keys}
         parts = ("lora_down.weight", "lora_up.weight", "alpha")
         assert keys.keys() == {f"{layer}.{part}" for layer in layers for part in parts}
         assert all(layer.startswith("lora_unet_") for layer in layers)
 
 
-def test_comfyuis_keys_are_its_layers_names(exported: Any) -> None:
-    root, _, _ = exported
-    keys = one_file(root, "comfyui_flux")
+def test_comfyuis_keys_are_its_layers_names(exported: Drawn) -> None:
+    keys = exported.file("comfyui_flux")
     assert keys["diffusion_model.double_blocks.1.txt_attn.qkv.lora_up.weight"].shape == (96, 9)
     assert all(key.startswith(("diffusion_model.double_blocks.", "diffusion_model.single_blocks.")) for key in keys)
-    assert all(key.startswith("lora_unet_input_blocks_") or "_block" in key for key in one_file(root, "comfyui_sdxl"))
+    assert all(key.startswith("lora_unet_input_blocks_") or "_block" in key for key in exported.file("comfyui_sdxl"))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("single_")])
-def test_a_single_file_holds_every_weight(name: str, exported: Any) -> None:
-    root, _, _ = exported
+def test_a_single_file_holds_every_weight(name: str, exported: Drawn) -> None:
+    root = exported.root
     every = load_file(root / "weights.safetensors")
     found = {key.removeprefix(f"{name}/"): value for key, value in every.items() if key.startswith(f"{name}/")}
     torch.manual_seed(0)
@@ -257,7 +102,7 @@ def test_a_single_file_holds_every_weight(name: str, exported: Any) -> None:
     wanted = {key: value for key, value in wanted.items() if key in found or not key.endswith("embed_tokens.weight")}
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
-    assert not any("lora" in key or "base_layer" in key for key in one_file(root, name))
+    assert not any("lora" in key or "base_layer" in key for key in exported.file(name))
 
 
 def test_a_lora_under_original_names_adds_what_the_students_adds(tmp_path: Path) -> None:
@@ -289,8 +134,8 @@ def test_a_lora_under_original_names_adds_what_the_students_adds(tmp_path: Path)
     assert "```python" not in card and "ModelSamplingSD3 with shift 3" in card
 
 
-def test_a_lora_says_what_it_is_and_how_it_is_sampled(exported: Any) -> None:
-    root, _, _ = exported
+def test_a_lora_says_what_it_is_and_how_it_is_sampled(exported: Drawn) -> None:
+    root = exported.root
     with safe_open(root / "kohya_flux" / "kohya_flux.safetensors", framework="pt") as reader:
         labels = reader.metadata()
     assert (labels["ss_network_module"], labels["ss_network_dim"], labels["ss_network_alpha"]) == (
@@ -308,8 +153,8 @@ def test_a_lora_says_what_it_is_and_how_it_is_sampled(exported: Any) -> None:
     assert "the LoRA merged into the weights" in (root / "fused_toy" / "README.md").read_text()
 
 
-def test_a_pipeline_file_comes_where_no_stock_scheduler_does(exported: Any) -> None:
-    root, _, _ = exported
+def test_a_pipeline_file_comes_where_no_stock_scheduler_does(exported: Drawn) -> None:
+    root = exported.root
     card = (root / "custom_sd3" / "README.md").read_text()
     assert "No stock scheduler of diffusers samples with gamma 0.3, so `pipeline.py`" in card
     source = (root / "custom_flux" / "pipeline.py").read_text()

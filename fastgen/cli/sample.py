@@ -97,7 +97,7 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
     for prompt in args.prompts:
         for number in range(first, first + args.number):
             generator = torch.Generator().manual_seed(number)
-            image = pipeline(prompt, generator=generator, output_type="pt", **call).images[0]
+            image = pipeline(prompt=prompt, generator=generator, output_type="pt", **call).images[0]
             yield prompt, number, as_picture(image.float())
 
 

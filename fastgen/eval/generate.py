@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.eval.images import to_uint8
+from fastgen.pipelines.gamma_flow import own_class
 
 
 def load_pipeline(folder: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionPipeline:
@@ -22,8 +23,9 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype = torch.float32, dev
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        kind = own_class(folder) or DiffusionPipeline
+        pipeline = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"the diffusers pipeline in {folder} cannot be loaded: {error}") from error
     return pipeline.to(device)
 
@@ -71,7 +73,7 @@ def generate(
             part = list(prompts[start : start + batch])
             drawn = [noise_seed(p, s) for p, s in zip(part, seeds[start : start + batch], strict=True)]
             generators = [torch.Generator().manual_seed(number) for number in drawn]
-            made = pipeline(part, generator=generators, output_type="pt", **arguments).images
+            made = pipeline(prompt=part, generator=generators, output_type="pt", **arguments).images
             images.append(to_uint8(made.float().cpu() * 2 - 1))
             if progress is not None:
                 progress(min(start + batch, len(prompts)), len(prompts))

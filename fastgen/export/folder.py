@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import ClassifierFreeGuidance
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastgen.adapters import Adapter, without_adapters
 from fastgen.denoiser import Denoiser
-from fastgen.export.custom_pipeline import FILE, custom_name, stock_or_custom, write_pipeline_file
+from fastgen.export.custom_pipeline import custom_name, stock_or_custom, write_pipeline_file
 from fastgen.export.directory import describe, metadata, new_directory, write_description
 from fastgen.export.lora import require_adapter
 from fastgen.export.model_card import write_card
 from fastgen.export.scheduler import stock_scheduler
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.gamma_flow import FILE
 from fastgen.pipelines.probing import GUIDERS
 from fastgen.samplers import Sampler
 
@@ -37,9 +39,10 @@ def export_folder(
     spec, scheduler, call = stock_scheduler(pipeline, student, stock)
     whole = copy.copy(pipeline.diffusers)
     whole.register_modules(**{pipeline.network_name: merged(student), "scheduler": scheduler})
-    if getattr(sampler, "guidance", 1.0) == 1:
-        # Without its guiders such a pipeline does not guide.
-        whole.register_modules(**dict.fromkeys(name for name in GUIDERS if name in whole.components))
+    # A pipeline with guiders guides by them alone; of those there are, the plain one does what our sampler does.
+    scale = 1.0 if student.embeds_guidance else getattr(sampler, "guidance", 1.0)
+    guider = None if scale == 1 else ClassifierFreeGuidance(guidance_scale=scale)
+    whole.register_modules(**dict.fromkeys((name for name in GUIDERS if name in whole.components), guider))
     description = describe(pipeline, student, sampler, format, spec=spec, call=call, record=record)
     if gamma is not None:
         description["custom_pipeline"] = {"file": FILE, "class": custom_name(pipeline)}

@@ -99,7 +99,7 @@ def snippet(pipeline: Pipeline, description: Mapping[str, Any], output: Path) ->
         *load,
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
         "",
-        f"image = pipeline({prompt}, {_arguments(description['call'])}).images[0]",
+        f"image = pipeline(prompt={prompt}, {_arguments(description['call'])}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines) + "\n"

@@ -21,6 +21,7 @@ from fastgen.adapters import LoraOptions
 from fastgen.errors import UserError
 from fastgen.pipelines.base import Mode, Pipeline, network_name
 from fastgen.pipelines.fine_tune import replace_network
+from fastgen.pipelines.gamma_flow import own_class
 from fastgen.pipelines.offloading import Offload, offload_components
 from fastgen.pipelines.quantization import Format, check_formats, quantize_network
 
@@ -78,7 +79,8 @@ def load_pipeline(
         if builder is not None:
             loaded = builder(source or _configurations(path, offline), dtype)
         else:
-            loaded = diffusers.DiffusionPipeline.from_pretrained(
+            kind = own_class(source) if source is not None else None
+            loaded = (kind or diffusers.DiffusionPipeline).from_pretrained(
                 *(str(source or path),), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
             )
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError, SafetensorError) as problem:
@@ -139,7 +141,7 @@ def _check_index(folder: Path) -> dict[str, Any]:
         name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file} is not a pipeline's index: it must be a JSON object with a _class_name") from problem
-    if not isinstance(name, str) or not hasattr(diffusers, name):
+    if own_class(folder) is None and (not isinstance(name, str) or not hasattr(diffusers, name)):
         raise UserError(f"{file} has _class_name {name!r}, which diffusers {diffusers.__version__} does not know")
     for component, entry in index.items():
         if component.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
