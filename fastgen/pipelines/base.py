@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.adapters import AdapterHost, LoraOptions, without_adapters
-from fastgen.denoiser import Condition, Denoiser, Groups, map_tensors
+from fastgen.denoiser import Condition, Denoiser, EndInput, Groups, map_tensors
 from fastgen.errors import UserError
 from fastgen.pipelines.autoencoding import (
     autoencoder,
@@ -28,6 +28,7 @@ from fastgen.pipelines.autoencoding import (
     pack_patches,
     unpack_patches,
 )
+from fastgen.pipelines.end_time import end_input
 from fastgen.pipelines.guidance import partial_guide, renormalised_guide
 from fastgen.pipelines.probing import answered, guidance_argument
 from fastgen.pipelines.recording import COMPANION, CallForm, learn_form, merge, read_scheduler, record_condition
@@ -226,12 +227,13 @@ class Pipeline:
             **self._manners(),
         ).eval()
 
-    def trainable(self, role: str, *, guidance_embedding: bool = False) -> Denoiser:
+    def trainable(self, role: str, *, guidance_embedding: bool = False, end_time: bool = False) -> Denoiser:
         """A network that starts as the teacher and can be trained: a copy, or an adapter on the base, as `roles` says.
 
-        `guidance_embedding` gives a network without one an input for the guidance scale, at first without effect. Raises
-        UserError where that cannot be done.
+        `guidance_embedding` gives a network without one an input for the guidance scale, `end_time` one for the time at which
+        a step ends, both at first without effect. Raises UserError where that cannot be done.
         """
+        end = end_input(self.network).to(self.device) if end_time else None
         adds_input = guidance_embedding and not self.embeds_guidance
         if self.mode(role) == "lora":
             if adds_input:
@@ -239,7 +241,7 @@ class Pipeline:
                     f"role {role!r} cannot embed a guidance scale with LoRA, which has no place for the new input: "
                     f'merge one fixed guidance into the student instead, or train the role with "full"'
                 )
-            return self._adapted(role)
+            return self._adapted(role, end)
         network = without_adapters(copy.deepcopy(self.network))
         if adds_input:
             network = with_guidance_embedding(network)
@@ -247,13 +249,14 @@ class Pipeline:
             checkpoint_blocks(network)
         network.requires_grad_(True).train()
         embeds = self.embeds_guidance or guidance_embedding
-        return Denoiser(network, self.call, self.process, self.kind, embeds_guidance=embeds, **self._manners())
+        manners = {"embeds_guidance": embeds, "end_input": end, **self._manners()}
+        return Denoiser(network, self.call, self.process, self.kind, **manners)
 
     def mode(self, role: str) -> Mode:
         """How a role is trained; one that is not named in `roles` goes as the student does, so that it can copy its weights."""
         return self.roles.get(role, self.roles.get("student", "full"))
 
-    def _adapted(self, role: str) -> Denoiser:
+    def _adapted(self, role: str, end: EndInput | None) -> Denoiser:
         if self._host is None:
             self._host = AdapterHost(self.network)
             if self.gradient_checkpointing:
@@ -264,6 +267,7 @@ class Pipeline:
             own=adapter,
             activate=adapter.activate,
             embeds_guidance=self.embeds_guidance,
+            end_input=end,
             **self._manners(),
         )
 

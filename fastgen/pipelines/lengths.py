@@ -54,9 +54,9 @@ class Lengths:
             own = [mask.sum(1) for mask in marks if mask.shape == values.shape[:2]]
             inputs[key] = {"values": values, "lengths": own[0] if own else _count([values.shape[1]] * len(values), values)}
         for key in self.following:
-            positions, samples = shared.pop(key), len(inputs[self.variable[0]]["lengths"])
-            values = positions.expand(samples, *positions.shape)
-            inputs[key] = {"values": values, "lengths": _count([len(positions)] * samples, values)}
+            positions, batch = shared.pop(key), len(inputs[self.variable[0]]["lengths"])
+            values = positions.expand(batch, *positions.shape)
+            inputs[key] = {"values": values, "lengths": _count([len(positions)] * batch, values)}
 
     def hand_over(self, arguments: dict[str, Nest], batch: int) -> None:
         """Replace these arguments by what the network takes."""

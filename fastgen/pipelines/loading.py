@@ -67,14 +67,16 @@ def load_pipeline(
     `fastgen.pipelines.offloading`). Raises UserError for whatever cannot be loaded.
     """
     source = _folder(path)
+    builder = _builder.get()
     if quantize != "none":
-        _check_quantized(quantize, roles or {})
+        _check_roles(quantize, roles or {})
+        if builder is None:
+            check_formats(quantize)
     options: dict[str, Any] = {}
     if source is not None:
         options = _check_index(source)
     elif offline:
         options["local_files_only"] = True
-    builder = _builder.get()
     try:
         if builder is not None:
             loaded = builder(source or _configurations(path, offline), dtype)
@@ -108,15 +110,14 @@ def load_pipeline(
         raise UserError(f"pipeline {path!r}: {problem}") from problem
 
 
-def _check_quantized(quantize: Format, roles: Mapping[str, Mode]) -> None:
-    """Raise UserError where a role is trained in full, since it begins as a copy of the base, or the format cannot be had."""
+def _check_roles(quantize: str, roles: Mapping[str, Mode]) -> None:
+    """Raise UserError where a role is trained in full, since it begins as a copy of the base."""
     for role, mode in {"student": "full", **roles}.items():
         if mode != "lora":
             raise UserError(
                 f'quantize = "{quantize}" is for a base that is not trained, but roles.{role} = "{mode}"; '
                 f'set roles.{role} = "lora", or quantize = "none"'
             )
-    check_formats(quantize)
 
 
 def _folder(path: str) -> Path | None:

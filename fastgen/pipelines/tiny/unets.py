@@ -220,8 +220,9 @@ def kolors(pipeline: Any = KolorsPipeline) -> Any:
         torch.nn.init.normal_(weight, std=0.1) if weight.ndim > 1 else torch.nn.init.ones_(weight)
     options: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     options |= {"projection_class_embeddings_input_dim": 6 * 8 + WIDTH, "use_linear_projection": True}
+    scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
     return pipeline(
-        **{"vae": vae(4, 4, scaling_factor=0.13025), "unet": unet(**options), "scheduler": EulerDiscreteScheduler(**BETAS)},
+        **{"vae": vae(4, 4, scaling_factor=0.13025), "unet": unet(**options), "scheduler": scheduler},
         **{"text_encoder": encoder, "tokenizer": letters(_Positioned, padding_side="left")},
     )
 
