@@ -21,7 +21,7 @@ from fastgen.errors import UserError
 from fastgen.losses import contrast, denoising, shared_choice, uniform_times
 from fastgen.method import Batch, Loss, Method, Player
 from fastgen.pipelines.base import Pipeline
-from fastgen.process import Prediction, Process
+from fastgen.process import Prediction, Process, unshift_time
 from fastgen.samplers import FewStep, even_times, timesteps_to_times
 
 
@@ -144,3 +144,25 @@ class ScoreDistillation(Method):
             xt = self.process.add_noise(x, torch.randn_like(x), t)
             fake, real = self.fake(xt, t, condition).x0, self.teacher(xt, t, condition).x0
         return contrast(x, fake, real)
+
+    def compared(
+        self, prediction: Prediction, s: Tensor, t: Tensor, fake: Predicts, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """Clean estimates of `fake` and the teacher for where the student's `prediction` lands at time `s` [B], noised to `t`.
+
+        At s = 0 that is the student's clean estimate with noise added. Without gradient.
+        """
+        with torch.no_grad():
+            xs = prediction.at(s)
+            xt = self.process.diffuse(xs, torch.randn_like(xs), s, t)
+            return fake(xt, t, condition).x0, self.teacher(xt, t, condition).x0
+
+    def times_after(self, s: float, count: int, high: float) -> Tensor:
+        """`count` times between the later of `s` and `low`, and `high`, uniform but for `noise_shift`."""
+        low = max(s, self.low)
+        edges = unshift_time(torch.tensor([low, max(low, high)]), self.noise_shift).tolist()
+        return uniform_times(self.process, count, low=edges[0], high=edges[1], shift=self.noise_shift, device=self.device)
+
+    def end_of(self, call: int) -> float:
+        """The time at which a call of the student ends: that of the next, or 0."""
+        return self.times[call + 1] if call + 1 < len(self.times) else 0.0

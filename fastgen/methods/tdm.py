@@ -11,9 +11,9 @@ from torch import Tensor
 from fastgen.denoiser import Condition
 from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
-from fastgen.losses import contrast, kernel, level_denoising, pseudo_huber, snr, squared, uniform_times
+from fastgen.losses import contrast, kernel, level_denoising, pseudo_huber, snr, squared
 from fastgen.method import Batch, Loss
-from fastgen.process import Prediction, unshift_time
+from fastgen.process import Prediction
 from fastgen.samplers import even_times
 
 
@@ -67,10 +67,8 @@ class TDM(ScoreDistillation):
 
     def spans(self, exit_at: int, count: int) -> tuple[Tensor, Tensor]:
         """Where call `exit_at` ends, and for each of `count` samples the later time at which it is looked at, both [B]."""
-        end = 0.0 if exit_at + 1 == len(self.times) else self.times[exit_at + 1]
-        high = max(self.times[exit_at if self.separate else 0] - self.margin, end)
-        edges = unshift_time(torch.tensor([max(end, self.low), max(high, self.low)]), self.noise_shift).tolist()
-        t = uniform_times(self.process, count, low=edges[0], high=edges[1], shift=self.noise_shift, device=self.device)
+        end = self.end_of(exit_at)
+        t = self.times_after(end, count, self.times[exit_at if self.separate else 0] - self.margin)
         return t.new_full((count,), end), t
 
     def fake_loss(self, batch: Batch) -> Loss:
@@ -102,10 +100,8 @@ class TDM(ScoreDistillation):
     def student_loss(self, batch: Batch) -> Loss:
         prediction, exit_at = self.last_call(batch)
         x0 = prediction.x0
-        with torch.no_grad():
-            s, t = self.spans(exit_at, len(x0))
-            xt = self.process.diffuse(prediction.at(s), torch.randn_like(x0), s, t)
-            fake, real = self.fake(xt, t, batch.condition).x0, self.teacher(xt, t, batch.condition).x0
+        s, t = self.spans(exit_at, len(x0))
+        fake, real = self.compared(prediction, s, t, self.fake, batch.condition)
         if not self.huber_c:
             return {"tdm": contrast(x0, fake, real)}
         scale = (x0.detach() - real).abs().mean(tuple(range(1, x0.ndim)), keepdim=True)
