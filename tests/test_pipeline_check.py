@@ -92,15 +92,19 @@ def test_what_fails_becomes_the_verdict() -> None:
     assert check.check("X", "image", broken) == Row("X", "image", False, verdict="no: RuntimeError: no such configuration")
     assert check.check("X", "image", None).verdict == "not built"
 
-    def halved() -> Any:
+    def blind() -> Any:
         pipeline = tiny.builders()["StableDiffusionPipeline"]()
-        pipeline.vae.register_to_config(scaling_factor=0.5)
-        decode = pipeline.vae.decode
-        pipeline.vae.decode = lambda *args, **kwargs: [0.5 * decode(*args, **(kwargs | {"return_dict": False}))[0]]
+        pipeline.vae.encode = broken
         return pipeline
 
-    row = check.check("X", "image", halved)
-    assert row.captured and not row.exact and row.verdict.startswith("partly: ") and "encodes" in row.verdict
+    row = check.check("X", "image", blind)
+    assert row.captured and not row.exact and row.verdict.startswith("partly: encodes: TypeError")
+
+
+def test_wrong_statistics_of_latents_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check.Pipeline, "_latent_statistics", lambda self, raw: (0.0, 0.5))
+    row = check.check("X", "image", tiny.builders()["StableDiffusionPipeline"])
+    assert row.encodes and not row.decodes and row.verdict == "partly: decodes wrongly"
 
 
 def test_a_wrong_guidance_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,14 +34,8 @@ def sd21() -> Any:
 def sd35() -> Any:
     """Stable Diffusion 3.5: normalised queries and keys, a second attention in the first blocks."""
     pipeline = builders()["StableDiffusion3Pipeline"]()
-    network = SD3Transformer2DModel.from_config(
-        {
-            **pipeline.transformer.config,
-            "qk_norm": "rms_norm",
-            "dual_attention_layers": (0, 1),
-            "joint_attention_dim": 2 * WIDTH,
-        }
-    )
+    config = {**pipeline.transformer.config, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+    network = SD3Transformer2DModel.from_config(config)
     pipeline.register_modules(transformer=network.eval())
     return pipeline
 
