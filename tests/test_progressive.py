@@ -43,7 +43,8 @@ def test_one_step_with_the_target_is_the_teachers_steps(process: str, kind: Kind
     with torch.no_grad():
         for i in range(factor):
             x = teacher(x, grid[start + i], batch.condition).at(grid[start + i + 1])
-        target = method.target(xt, grid, start, batch)
+        times = [grid[start + i] for i in range(factor + 1)]
+        target = method.target(xt, times, method.taught(xt, times, batch.condition))
     # What a student of this kind answers when its x0 is the target.
     t, end = grid[start], grid[start + factor]
     alpha, sigma = p.coefficients(t, xt)
@@ -174,21 +175,21 @@ def test_random_scales_are_told_to_teacher_and_student(embedded: bool) -> None:
     torch.manual_seed(3)
     loss = float(method.loss(batch)["x0"].detach())
     torch.manual_seed(3)
-    xt, grid, start = method.draw(batch)
+    xt, times = method.begin(batch)
     scale = 2 + 3 * torch.rand(64)
     assert torch.equal(student[0], scale)
     teacher, x = pipeline.frozen(), xt
     with torch.no_grad():
         for i in range(2):
-            here, onward = grid[start + i], grid[start + i + 1]
+            here, onward = times[i], times[i + 1]
             if embedded:
                 x = teacher(x, here, batch.condition, guidance=scale).at(onward)
             else:
                 yes, no = (teacher(x, here, which).output for which in (batch.condition, batch.condition.null))
                 x = Prediction(no + scale[:, None] * (yes - no), "v", x, here, TABLE).at(onward)
-        x0, _ = landing(TABLE, xt, grid[start], x, grid[start + 2])
-        error = (method.student(xt, grid[start], batch.condition, guidance=scale).x0 - x0).square()
-        expected = float((truncated_snr(TABLE, grid[start], xt) * error).mean())
+        x0, _ = landing(TABLE, xt, times[0], x, times[2])
+        error = (method.student(xt, times[0], batch.condition, guidance=scale).x0 - x0).square()
+        expected = float((truncated_snr(TABLE, times[0], xt) * error).mean())
     assert abs(loss / expected - 1) < 1e-4
     method.advance(5, 10)
     previous = scales_told(method.previous)

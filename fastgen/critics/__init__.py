@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from fastgen.critics.facts import pooled_text, sample_facts
 from fastgen.critics.features import FeatureCritic, ScoreCritic, feature_shapes
 from fastgen.critics.heads import Heads, groups_for, map_head, token_head
+from fastgen.critics.transition import TransitionCritic
 
-__all__ = ["FeatureCritic", "Heads", "ScoreCritic", "feature_shapes", "groups_for", "map_head", "token_head"]
+__all__ = [
+    "FeatureCritic",
+    "Heads",
+    "ScoreCritic",
+    "TransitionCritic",
+    "feature_shapes",
+    "groups_for",
+    "map_head",
+    "pooled_text",
+    "sample_facts",
+    "token_head",
+]

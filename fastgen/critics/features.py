@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastgen.critics.facts import sample_facts
 from fastgen.critics.heads import Heads
 from fastgen.denoiser import Condition, Denoiser, Predicts
 from fastgen.errors import UserError
@@ -67,19 +68,24 @@ class FeatureCritic(nn.Module):
         *,
         learns: bool = False,
         width: int = 1280,
+        known: int = 0,
     ):
-        """`shapes` of the layers' features come from `feature_shapes`. `learns`: the backbone, a `Denoiser`, is trained too."""
+        """`shapes` of the layers' features come from `feature_shapes`. `learns`: the backbone, a `Denoiser`, is trained too.
+
+        With `known`, the length of what `sample_facts` gives, the heads are told each sample's noise level and text.
+        """
         super().__init__()
         if learns:
             self.backbone = backbone
         else:
             object.__setattr__(self, "backbone", backbone)
-        self.layers, self.heads = tuple(layers), Heads(shapes, width)
+        self.layers, self.heads, self.known = tuple(layers), Heads(shapes, width, known), known
 
     backbone: Predicts
 
     def forward(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Logits [B, L], above zero for real, of noised samples `xt` at times `t` [B]."""
         features = self.backbone(xt, t, condition, features=self.layers).features or {}
-        logits: Tensor = self.heads([features[layer] for layer in self.layers])
+        known = sample_facts(t, condition) if self.known else None
+        logits: Tensor = self.heads([features[layer] for layer in self.layers], known)
         return logits

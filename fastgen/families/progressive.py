@@ -6,22 +6,22 @@ minimises; stages, the grid, the frozen teacher of a stage and its steps are her
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastgen.denoiser import Denoiser, Guided, Predicts
+from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.losses import landing, noised, snr
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Process
-from fastgen.rollouts import walk
 from fastgen.samplers import FewStep, even_times
 
 
@@ -172,20 +172,40 @@ class Staged(Method):
         """The teacher of the present stage."""
         return Guided(self.source, self.scale if self.is_first else self.told)
 
-    def draw(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Diffused data where a step of the student begins: x_t [B, ...], the teacher's grid [G], positions on it [B]."""
-        assert batch.latents is not None
-        process, x0, count = self.student.process, batch.latents, self.teachers[self.stage]
-        grid = torch.tensor([*even_times(count, process, self.shift), 0.0], device=x0.device)
-        start = count // self.steps * torch.randint(self.steps, (len(x0),), device=x0.device)
-        return noised(process, x0, torch.randn_like(x0), grid[start]), grid, start
+    def begin(self, batch: Batch, points: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Diffused data [B, ...] where a step of the student begins, and the times [B] of the teacher from there on.
 
-    def target(self, xt: Tensor, grid: Tensor, start: Tensor, batch: Batch, guidance: Tensor | None = None) -> Tensor:
-        """The x0 with which one step of the student from position `start` [B] on `grid` lands where the teacher's steps do.
-
-        `guidance` [B], where given, takes the place of the teacher's own.
+        The first time is x_t's, the last is where the student's step ends: 0, where less than a whole step is left. Steps
+        begin at `points` even times, by default the student's own.
         """
-        count = self.teachers[self.stage] // self.steps
-        x = walk(self.teacher, xt, grid, start, count, batch.condition, guidance)
-        x0, _ = landing(self.student.process, xt, grid[start], x, grid[start + count])
-        return x0.to(xt.dtype)
+        assert batch.latents is not None
+        process, x0, teacher = self.student.process, batch.latents, self.teachers[self.stage]
+        points = points or self.steps
+        count = math.lcm(points, teacher)
+        grid = torch.tensor([*even_times(count, process, self.shift), 0.0], device=x0.device)
+        place = count // points * torch.randint(points, (len(x0),), device=x0.device)
+        times = [grid[(place + i * (count // teacher)).clamp(max=count)] for i in range(teacher // self.steps + 1)]
+        return noised(process, x0, torch.randn_like(x0), times[0]), times
+
+    @torch.no_grad()
+    def taught(
+        self,
+        xt: Tensor,
+        times: Sequence[Tensor],
+        condition: Condition,
+        guidance: Tensor | None = None,
+        teacher: Predicts | None = None,
+    ) -> Tensor:
+        """Where the teacher's DDIM steps through `times` take `xt`; a sample that is at 0 stays there.
+
+        `guidance` [B] and `teacher`, where given, take the place of the stage's own.
+        """
+        x, teacher = xt, teacher or self.teacher
+        for here, onward in pairwise(times):
+            moved = teacher(x, here, condition, guidance=guidance).at(onward).to(x.dtype)
+            x = torch.where((here > 0).view(-1, *[1] * (x.ndim - 1)), moved, x)
+        return x
+
+    def target(self, xt: Tensor, times: Sequence[Tensor], landed: Tensor) -> Tensor:
+        """The x0 with which one step of the student from `xt` at the first of `times` is at `landed` at the last."""
+        return landing(self.student.process, xt, times[0], landed, times[-1])[0].to(xt.dtype)

@@ -76,10 +76,9 @@ class Progressive(Staged):
         return self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(count, device=device)
 
     def loss(self, batch: Batch) -> Loss:
-        xt, grid, start = self.draw(batch)
-        t, scale = grid[start], self.scales(len(xt), xt.device)
-        with torch.no_grad():
-            target = self.target(xt, grid, start, batch, scale)
+        xt, times = self.begin(batch)
+        t, scale = times[0], self.scales(len(xt), xt.device)
+        target = self.target(xt, times, self.taught(xt, times, batch.condition, scale))
         process = self.student.process
         weight = truncated_snr(process, t, xt) if self.weight == "truncated_snr" else snr(process, t, xt) + 1
         prediction = Guided(self.student, self.told)(xt, t, batch.condition, guidance=scale)

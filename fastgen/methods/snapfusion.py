@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastgen.denoiser import Condition, Guided
+from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.families.progressive import Staged, divided, truncated_snr
-from fastgen.losses import landing, shared_uniform, squared, wide
+from fastgen.losses import shared_uniform, squared, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import SMALLEST, Prediction
-from fastgen.rollouts import walk
 
 TINY = 1e-12
 
@@ -63,14 +62,14 @@ class SnapFusion(Staged):
 
     def loss(self, batch: Batch) -> Loss:
         assert batch.latents is not None
-        xt, grid, start = self.draw(batch)
-        t, condition = grid[start], batch.condition
+        xt, times = self.begin(batch)
+        t, condition = times[0], batch.condition
         guided = shared_uniform(device=xt.device) < self.cfg_share
         plain: float | Tensor = self.scale if self.student.embeds_guidance else 1.0
         scale = self.random_scales(xt) if guided else plain
         if not guided and self.caption_dropout:
             condition = condition.dropout(torch.rand(len(xt), device=xt.device) < self.caption_dropout)
-        target = self.landing_point(xt, grid, start, condition, scale)
+        target = self.target(xt, times, self.taught(xt, times, condition, teacher=Guided(self.source, scale)))
         prediction = Guided(self.student, scale)(xt, t, condition)
         error = squared(prediction.x0, target, truncated_snr(self.student.process, t, xt))
         terms = {"guided_step" if guided else "step": error}
@@ -84,13 +83,6 @@ class SnapFusion(Staged):
     def random_scales(self, xt: Tensor) -> Tensor:
         """A guidance scale for each sample, [B]."""
         return self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(len(xt), device=xt.device)
-
-    @torch.no_grad()
-    def landing_point(self, xt: Tensor, grid: Tensor, start: Tensor, condition: Condition, scale: float | Tensor) -> Tensor:
-        """The x0 with which one step lands where the teacher's steps do, guided with `scale`."""
-        count = self.teachers[self.stage] // self.steps
-        x = walk(Guided(self.source, scale), xt, grid, start, count, condition)
-        return landing(self.student.process, xt, grid[start], x, grid[start + count])[0].to(xt.dtype)
 
     def denoising(self, prediction: Prediction, x0: Tensor) -> Tensor:
         """The ordinary diffusion loss, in the network's own kind of prediction; the noise is what x_t is besides the data."""
