@@ -1,0 +1,202 @@
+"""Flash Diffusion: the student says in one call what the guided teacher makes of the same input in all its steps."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastgen.critics import FeatureCritic, feature_shapes
+from fastgen.denoiser import Condition, Denoiser, Guided
+from fastgen.errors import UserError
+from fastgen.losses import (
+    contrast,
+    least_squares_critic,
+    least_squares_student,
+    noised,
+    pseudo_huber,
+    shared_uniform,
+    squared,
+    uniform_times,
+)
+from fastgen.method import Batch, Loss, Method, Need, Player
+from fastgen.pipelines.base import Pipeline
+from fastgen.rollouts import walk
+from fastgen.samplers import FewStep, even_times
+
+LEVELS = (0.011, 0.251, 0.501, 0.751)
+"""The times at which the discriminator is shown samples: timesteps 10, 250, 500 and 750 of a table."""
+
+
+@dataclass
+class Flash(Method):
+    """Flash Diffusion (Chadebec et al. 2025).
+
+    Data is noised to a point of the teacher's grid, and the student's clean estimate there is pulled to where the teacher, with
+    a guidance scale drawn for each batch, ends when it goes down the rest of the grid. The start is drawn from as many
+    Gaussians on the grid as the student has steps, weighted by stage: first the cleaner half, the noisiest the most in the
+    last. From the second stage on there are a distribution matching term, whose fake score is the student itself, and a
+    least squares GAN on the frozen teacher's features.
+
+    Differences from the authors' code: the teacher's steps are DDIM's or Euler's, theirs DPM-Solver++'s on VP tables; the
+    distance is in latents, theirs LPIPS on a decoded crop of them; discriminator and student move in every update, theirs in
+    turns of one; the boundary scalings of the consistency form are left out (c_skip is below 1e-5 on this grid); the
+    matching term is in x0 for flow models too, where their SD3 code takes a velocity for it. Their recipe for SD3 has
+    guidance 7 to 13 and GAN weights 0, 0.1, 0.3, 0.5.
+    """
+
+    grid: int = field(default=32, metadata={"help": "steps of the teacher from noise to data"})
+    mode_weights: tuple[tuple[float, ...], ...] = field(
+        default=((0.0, 0.0, 0.5, 0.5), (0.1, 0.3, 0.3, 0.3), (0.25, 0.25, 0.25, 0.25), (0.4, 0.2, 0.2, 0.2)),
+        metadata={"help": "for each stage, how often a start is near each of the student's steps, the noisiest first"},
+    )
+    mode_variance: float = field(
+        default=0.5, metadata={"help": "how far from them, in steps of the grid: exp(-distance^2 / this)", "above": 0}
+    )
+    guidance_low: float = field(default=3.0, metadata={"help": "least guidance scale of the teacher, 1 = off", "at_least": 1})
+    guidance_high: float = field(default=13.0, metadata={"help": "greatest guidance scale of the teacher"})
+    huber_c: float = field(
+        default=0.0, metadata={"help": "where a pseudo-Huber distance turns from square to absolute; 0: square", "at_least": 0}
+    )
+    matching_weights: tuple[float, ...] = field(
+        default=(0.0, 0.3, 0.5, 0.7), metadata={"help": "for each stage, weight of distribution matching", "at_least": 0}
+    )
+    gan_weights: tuple[float, ...] = field(
+        default=(0.0, 0.1, 0.2, 0.3), metadata={"help": "for each stage, weight of the GAN term", "at_least": 0}
+    )
+    real: Literal["data", "teacher"] = field(default="data", metadata={"help": "what the discriminator is to take for real"})
+    stage_shares: tuple[float, ...] = field(
+        default=(), metadata={"help": "relative share of the updates for every stage; empty: equal", "above": 0}
+    )
+    shift: float = field(default=1.0, metadata={"help": "moves grid and steps towards noise, for flow models", "above": 0})
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
+    family: ClassVar[str] = "distribution matching"
+
+    def __post_init__(self) -> None:
+        stages = len(self.mode_weights)
+        for name in ("matching_weights", "gan_weights", "stage_shares"):
+            given = getattr(self, name)
+            if len(given) != stages and not (name == "stage_shares" and not given):
+                raise UserError(f"{name} has {len(given)} values, but mode_weights has {stages} stages")
+        self.modes = len(self.mode_weights[0]) if stages else 0
+        if not self.modes or any(len(row) != self.modes or min(row) < 0 or not sum(row) for row in self.mode_weights):
+            raise UserError("mode_weights must be rows of one length, none negative and none of zeros alone")
+        if self.grid < self.modes or self.grid % self.modes:
+            raise UserError(f"grid = {self.grid} must be a multiple of the {self.modes} steps that mode_weights names")
+        if not self.guidance_low <= self.guidance_high:
+            low, high = f"guidance_low = {self.guidance_low:g}", f"guidance_high = {self.guidance_high:g}"
+            raise UserError(f"{low} must be at most {high}")
+        self.stage = 0
+
+    def setup(self, pipeline: Pipeline) -> None:
+        self.process, self.device = pipeline.process, pipeline.device
+        self.times = torch.tensor([*even_times(self.grid, self.process, self.shift), 0.0], device=self.device)
+        if (own := len(self.times.unique()) - 1) < self.grid:
+            raise UserError(f"grid = {self.grid} is finer than the pipeline's own times, of which it meets {own}")
+        self.teacher, self.student = pipeline.frozen(), pipeline.trainable("student")
+        middle = min(max(pipeline.default_guidance, self.guidance_low), self.guidance_high)
+        self.told = middle if self.student.embeds_guidance else 1.0
+        self.levels = self.process.snap(torch.tensor(LEVELS, device=self.device))
+        self.critic: FeatureCritic | None = None
+        if any(self.gan_weights):
+            layers = pipeline.feature_layers
+            if not layers:
+                raise UserError(f"gan_weights = {list(self.gan_weights)} need feature layers, and this pipeline has none")
+            condition = pipeline.encode_prompts([""])
+            shapes = feature_shapes(self.teacher, layers, pipeline.latent_shape, condition, self.device)
+            self.critic = FeatureCritic(self.teacher, layers, shapes, width=128).to(self.device)
+
+    def players(self) -> Sequence[Player]:
+        critic = [Player("critic", self.critic, self.critic_loss)] if self.critic is not None else []
+        return [*critic, Player("student", self.student, self.student_loss)]
+
+    @property
+    def trained(self) -> Denoiser:
+        return self.student
+
+    def sampler(self, steps: int | None = None) -> FewStep:
+        """The calls fall on the modes of the starts, all of them or evenly fewer."""
+        steps = self.modes if steps is None else steps
+        if steps < 1 or self.modes % steps:
+            fit = [n for n in range(1, self.modes + 1) if self.modes % n == 0]
+            raise UserError(f"this student was trained for {', '.join(map(str, fit))} steps, not for {steps}")
+        return FewStep(even_times(steps, self.process, self.shift), gamma=1.0, guidance=self.told)
+
+    def advance(self, step: int, total: int) -> bool:
+        shares = self.stage_shares or (1.0,) * len(self.mode_weights)
+        ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
+        self.stage = sum(end <= step for end in ends[:-1])
+        return False
+
+    def start_probabilities(self) -> Tensor:
+        """How often each step of the grid, [grid], is the start in the present stage."""
+        places, centres = torch.arange(self.grid), torch.arange(0, self.grid, self.grid // self.modes)
+        weights = torch.tensor(self.mode_weights[self.stage], dtype=torch.float64)
+        mass = (weights * torch.exp(-((places[:, None] - centres).double() ** 2) / self.mode_variance)).sum(1)
+        return mass / mass.sum()
+
+    def start(self, batch: Batch) -> tuple[Tensor, int]:
+        """The input of student and teacher, [B, ...], and its position on the grid, the same on all processes."""
+        assert batch.latents is not None
+        sums = list(accumulate(self.start_probabilities().tolist()))
+        position = min(bisect(sums, shared_uniform(device=self.device)), self.grid - 1)
+        t = self.times[position].expand(len(batch.latents))
+        return noised(self.process, batch.latents, torch.randn_like(batch.latents), t), position
+
+    def guided(self, count: int) -> Guided:
+        """The teacher with one guidance scale for a batch of `count`."""
+        scale = self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(1, device=self.device)
+        return Guided(self.teacher, 1.0 if self.guidance_low == self.guidance_high == 1 else scale.expand(count))
+
+    def answer(self, xt: Tensor, position: int, condition: Condition) -> Tensor:
+        """The student's clean estimate."""
+        return Guided(self.student, self.told)(xt, self.times[position].expand(len(xt)), condition).x0
+
+    @torch.no_grad()
+    def target(self, xt: Tensor, position: int, condition: Condition) -> Tensor:
+        """Where the guided teacher ends when it starts from `xt`."""
+        begin = torch.full((len(xt),), position, device=xt.device)
+        return walk(self.guided(len(xt)), xt, self.times, begin, self.grid - position, condition)
+
+    def student_loss(self, batch: Batch) -> Loss:
+        xt, position = self.start(batch)
+        target = self.target(xt, position, batch.condition)
+        x = self.answer(xt, position, batch.condition)
+        terms = {"distillation": pseudo_huber(x, target, self.huber_c) if self.huber_c else squared(x, target)}
+        if weight := self.matching_weights[self.stage]:
+            terms["matching"] = weight * self.matching(x, batch.condition)
+        if (weight := self.gan_weights[self.stage]) and self.critic is not None:
+            t, eps = self.level(len(x)), torch.randn_like(x)
+            logits = self.critic(self.process.add_noise(x, eps, t), t, batch.condition)
+            terms["gan"] = weight * 2 * least_squares_student(logits.sigmoid())
+        return terms
+
+    def matching(self, x: Tensor, condition: Condition) -> Tensor:
+        """Distribution matching with the student in the place of the fake score."""
+        with torch.no_grad():
+            t = uniform_times(self.process, len(x), device=x.device)
+            xt = self.process.add_noise(x, torch.randn_like(x), t)
+            fake, real = Guided(self.student, self.told)(xt, t, condition).x0, self.guided(len(x))(xt, t, condition).x0
+        # The authors' square has no half in front of it.
+        return 2 * contrast(x, fake, real)
+
+    def critic_loss(self, batch: Batch) -> Loss:
+        assert self.critic is not None and batch.latents is not None
+        with torch.no_grad():
+            xt, position = self.start(batch)
+            fake = self.answer(xt, position, batch.condition)
+            real = batch.latents if self.real == "data" else self.target(xt, position, batch.condition)
+        t, eps = self.level(len(fake)).repeat(2), torch.randn_like(fake).repeat(2, *[1] * (fake.ndim - 1))
+        xt = self.process.add_noise(torch.cat([fake, real.to(fake)]), eps, t)
+        logits_fake, logits_real = self.critic(xt, t, Condition.cat([batch.condition, batch.condition])).chunk(2)
+        return {"gan": least_squares_critic(logits_real.sigmoid(), logits_fake.sigmoid())}
+
+    def level(self, count: int) -> Tensor:
+        """For each sample, one of the times at which the discriminator looks."""
+        return self.levels[torch.randint(len(self.levels), (count,), device=self.device)]
