@@ -1,0 +1,113 @@
+"""Trajectory segmented consistency distillation: jumps within ever fewer, ever longer segments of the trajectory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.errors import UserError
+from fastgen.families.consistency import AdversarialConsistency
+from fastgen.samplers import FewStep
+
+ADVERSARIAL_PARTS = 2
+"""The adversary joins where there are at most so many segments."""
+
+
+@dataclass
+class TSCD(AdversarialConsistency):
+    """Trajectory segmented consistency distillation, the base of Hyper-SD (Ren et al. 2024).
+
+    In every stage the trajectory is cut into `segments` parts, and the student's jumps end at a random time between the clean
+    end of their segment and the later of the two points. One segment is trajectory consistency (TCD, CTM), so
+    that the last student can be sampled in any number of steps; one of an earlier stage, in multiples of its segments, without
+    renewing noise. The adversary, where there is one, joins in the stages of two segments and of one, as theirs gains weight.
+
+    Differences from the paper, whose code is not public: the distance is pseudo-Huber's as in LCM, not squared; the adversary
+    looks at the frozen teacher's features as in PCM, and is not a network of its own; its noise perturbation is left out.
+    """
+
+    segments: tuple[int, ...] = field(default=(8, 4, 2, 1), metadata={"help": "segments of the trajectory, stage by stage"})
+    stage_shares: tuple[float, ...] = field(
+        default=(), metadata={"help": "relative share of the updates for every stage; empty: equal", "above": 0}
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={"help": "share of noise renewed between calls; none: 0.3 on a table, else 0", "at_least": 0, "at_most": 1},
+    )
+    ema_decay: float = field(default=0.95, metadata={"help": "decay of the target network; 0: the student itself"})
+
+    least_stages: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts, self.stage = self.segments, 0
+        falling = min(parts, default=1) >= 1 and all(a > b and a % b == 0 for a, b in pairwise(parts))
+        if not falling or len(parts) < self.least_stages:
+            raise UserError(f"segments must fall from stage to stage, each a divisor of the one before, not {list(parts)}")
+        if max(parts, default=1) > self.grid:
+            raise UserError(f"segments = {list(parts)} are more than the points of grid = {self.grid}")
+        if self.steps % min(parts, default=1):
+            raise UserError(f"steps = {self.steps} must be a multiple of the last of segments = {list(parts)}")
+        if self.stage_shares and len(self.stage_shares) != len(self.stages):
+            raise UserError(f"stage_shares has {len(self.stage_shares)} values, but there are {len(self.stages)} stages")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """How many segments the trajectory has in each stage."""
+        return self.segments
+
+    @property
+    def parts(self) -> int:
+        """The segments of the present stage."""
+        return self.stages[self.stage]
+
+    @property
+    def renewal(self) -> float:
+        # Noise is renewed from below the next call's level, which is another segment's where there are several.
+        return self.renewal_on_tables(self.gamma, 0.3) if self.parts == 1 else 0.0
+
+    @property
+    def reach(self) -> float:
+        return 1 / self.parts
+
+    def end(self, times: Tensor, start: Tensor) -> Tensor:
+        low, r = self.edge_below(times, start, self.parts), times[start + self.solver_steps]
+        return low + (r - low) * torch.rand_like(r)
+
+    @property
+    def is_adversarial(self) -> bool:
+        return self.critic is not None and self.parts <= ADVERSARIAL_PARTS
+
+    def sampler(self, steps: int | None = None) -> FewStep:
+        sampler = super().sampler(max(self.steps, self.parts) if steps is None else steps)
+        if sampler.steps % self.parts:
+            raise UserError(f"so far the student's jumps keep to {self.parts} segments; steps must be a multiple, not {steps}")
+        return sampler
+
+    def ends(self, total: int) -> list[int]:
+        """The update at which each stage ends."""
+        shares = self.stage_shares or (1.0,) * len(self.stages)
+        ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
+        if any(a >= b for a, b in pairwise([0, *ends])):
+            raise UserError(f"{total} updates are too few: each of the {len(ends)} stages needs at least one")
+        return ends
+
+    def stage_end(self, step: int, total: int) -> int:
+        return next(end for end in self.ends(total) if end > step)
+
+    def advance(self, step: int, total: int) -> bool:
+        super().advance(step, total)
+        stage = sum(end <= step for end in self.ends(total)[:-1])
+        moved, self.stage = stage != self.stage, stage
+        return moved
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"stage": self.stage}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.stage = int(state["stage"])
