@@ -1,10 +1,11 @@
 """What `fastgen plan` predicts beside what a run takes: the record in benchmarks/results/memory.json.
 
-    python -m benchmarks.memory [--methods lcm dmd2 ...] [--models sdxl sd3]
+    python -m benchmarks.memory [--methods lcm dmd2 ...] [--models sdxl sd3] [--roles full lora nf4]
 
 Models of random weights, some tens of millions of parameters, distilled on the CPU; every run is a process of its own, forked.
 Measured is the process's largest resident set (VmHWM, the operating system's own account) over two updates, less what is
-resident once a tiny run has warmed the libraries up; freed memory goes back to the system at once (glibc's
+resident once a tiny run has warmed the libraries up in that very process: a fork begins without its parent's pages of the
+libraries' code, some 60 MB that would count as the run's. Freed memory goes back to the system at once (glibc's
 MALLOC_MMAP_THRESHOLD_). It holds what no plan counts: workspaces inside kernels and the heap of the interpreter.
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ RECORD = ROOT / "benchmarks" / "results" / "memory.json"
 PACKAGES = ("torch", "diffusers", "peft")
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 METHODS = ("progressive", "lcm", "dmd2")
+ROLES = ("full", "lora", "nf4")
+"""Trained in full, as LoRA, and as LoRA on a base in 4 bits."""
+WARM = "warm-lcm-lora"
+KERNELS = find_spec("bitsandbytes") is not None
 
 
 def make_model(name: str, folder: Path) -> None:
@@ -61,8 +67,10 @@ def write_run(folder: Path, model: str, method: str, role: str) -> Path:
     """The run that is planned and measured."""
     (folder / "prompts.txt").write_text("a red cube\n")
     file = folder / f"{model}-{method}-{role}.toml"
+    base, mode = ("none", role) if role in ("full", "lora") else (role, "lora")
     file.write_text(
-        f'pipeline = "{folder / model}"\n[method]\nname = "{method}"\n[roles]\nstudent = "{role}"\n[lora]\nrank = 16\n'
+        f'pipeline = "{folder / model}"\nquantize = "{base}"\n'
+        f'[method]\nname = "{method}"\n[roles]\nstudent = "{mode}"\n[lora]\nrank = 16\n'
         f'[data]\nprompts = "{folder / "prompts.txt"}"\nimages = "{folder}"\n'
         f"[train]\nbatch = 2\nema = 0.9\n"
     )
@@ -72,6 +80,7 @@ def write_run(folder: Path, model: str, method: str, role: str) -> Path:
 def measure(file: Path) -> dict[str, int]:
     """In this process: the run's largest resident set over two updates, beyond that of the imports."""
     config = configuration.load(file)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew.
     before = resident("VmRSS")
     pipeline = open_pipeline(config)
     config.method.setup(pipeline)
@@ -84,6 +93,12 @@ def measure(file: Path) -> dict[str, int]:
         if trainer.ema is not None:
             trainer.ema.update()
     return {"before": before, "measured": resident("VmHWM") - before}
+
+
+def measure_warm(file: Path) -> dict[str, int]:
+    """`measure`, after the tiny run has done all that a first run does."""
+    measure(file.with_name(f"{WARM}.toml"))
+    return measure(file)
 
 
 def resident(key: str) -> int:
@@ -124,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["sdxl", "sd3"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=[role for role in ROLES if role != "nf4" or KERNELS])
     args = parser.parse_args()
     if not ALLOCATOR.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]], {**os.environ, **ALLOCATOR})
@@ -135,9 +151,9 @@ def main() -> None:
         for model in args.models:
             make_model(model, folder / model)
             for method in args.methods:
-                for role in ("full", "lora"):
+                for role in args.roles:
                     file = write_run(folder, model, method, role)
-                    found = apart(predict, file) | apart(measure, file)
+                    found = apart(predict, file) | apart(measure_warm, file)
                     ratio = round(found["predicted"] / found["measured"], 3)
                     rows.append({"model": model, "method": method, "role": role, **found, "ratio": ratio})
                     mb = [f"{found[key] / 1e6:8.1f} MB" for key in ("predicted", "measured")]
