@@ -9,7 +9,7 @@ from fastgen.adapters import LoraOptions
 from fastgen.pipelines.base import Pipeline
 from fastgen.pipelines.cogview4 import CogView4
 from fastgen.pipelines.cosmos2 import Cosmos2
-from fastgen.pipelines.ernie import Ernie
+from fastgen.pipelines.ernie import Ernie, Fibo2
 from fastgen.pipelines.flux2 import Flux2
 from fastgen.pipelines.kandinsky5 import Kandinsky5
 from fastgen.pipelines.loading import load_pipeline
@@ -21,6 +21,7 @@ __all__ = [
     "CogView4",
     "Cosmos2",
     "Ernie",
+    "Fibo2",
     "Flux2",
     "Kandinsky5",
     "LoraOptions",

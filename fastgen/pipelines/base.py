@@ -66,6 +66,8 @@ class Pipeline:
     """Names of the diffusers classes that a family's subclass serves."""
     makes: ClassVar[tuple[str, ...]] = ()
     """Arguments of the network that a family makes itself at every call, in `made_arguments`."""
+    feels_padding: ClassVar[bool] = False
+    """Whether the network's answer depends on how far prompts are padded, masks notwithstanding."""
     knows_time: ClassVar[bool] = False
     """Whether a family's `network_time` follows from our time alone, not from the scheduler's timestep at some scale."""
     scheduler_scale: float = 1.0
@@ -279,7 +281,7 @@ class Pipeline:
 
     def _manners(self) -> dict[str, Any]:
         """What a denoiser in any role does as the pipeline does it."""
-        groups: Groups | None = self.form.lengths.groups if self.form.lengths.variable and not self.form.lengths.masks else None
+        groups: Groups | None = self.form.lengths.groups if self.form.lengths.separates else None
         return {"guide": self.guide, "groups": groups}
 
     def _bare(self) -> AbstractContextManager[Any]:
@@ -294,7 +296,7 @@ class Pipeline:
         inputs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, condition.inputs)
         arguments = merge(inputs, condition.shared)
         self.form.lengths.hand_over(arguments, len(xt))
-        arguments |= {key: arguments[key].transpose(0, 1) for key in self.form.batch_second}
+        arguments |= {key: arguments[key].transpose(*dimensions) for key, dimensions in self.form.swapped.items()}
         arguments |= self.made_arguments(arguments, xt)
         if guidance is None:
             guidance = xt.new_full((len(xt),), self.default_guidance, dtype=torch.float32)
@@ -317,7 +319,7 @@ class Pipeline:
         timestep = self.process.timestep(t).float()
         if self.form.time_reversed:
             timestep = self.diffusers.scheduler.config.num_train_timesteps - timestep
-        return timestep * self.form.time_scale
+        return timestep / round(1 / self.form.time_scale)  # As pipelines do; a product is rounded otherwise.
 
     def _latent_statistics(self, raw: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The shift and scale with which latents = (raw - shift) * scale; `raw` is the autoencoder's [B, C, H, W]."""

@@ -15,8 +15,9 @@ class Flux2(Pipeline):
     handles: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
 
     def pack(self, latents: Tensor) -> Tensor:
-        mean, deviation = self.patch_statistics(latents)
-        return (super().pack(latents) - mean) / deviation
+        tokens = super().pack(latents)
+        mean, deviation = self.patch_statistics(tokens)
+        return (tokens - mean) / deviation
 
     def unpack(self, latents: Tensor) -> Tensor:
         mean, deviation = self.patch_statistics(latents)
@@ -27,7 +28,13 @@ class Flux2(Pipeline):
         return 0.0, 1.0
 
     def patch_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each of a patch's channels."""
-        vae = self.autoencoder
-        mean, variance = (x.to(like.device).float() for x in (vae.bn.running_mean, vae.bn.running_var))
-        return mean, (variance + vae.config.batch_norm_eps).sqrt()
+        """Mean and deviation of each of a patch's channels, to broadcast against tokens or against pictures."""
+        norm, shape = self.autoencoder.bn, (-1,) if like.ndim == 3 else (-1, 1, 1)
+        mean, variance = (x.to(like.device).float().view(shape) for x in (norm.running_mean, norm.running_var))
+        return mean, (variance + self.variance_floor).sqrt()
+
+    @property
+    def variance_floor(self) -> float:
+        """What is added to every variance."""
+        floor: float = self.autoencoder.config.batch_norm_eps
+        return floor

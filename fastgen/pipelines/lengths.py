@@ -25,7 +25,8 @@ class Lengths:
     `lists` are given as a list with one tensor a sample, `variable` as tensors padded to the longest of the batch. `masks` are
     those of `variable` that mark each sample's own part, with their type; `omits_masks`: None where all of it is.
     `repeated` are lists that hold the same for each sample. `following` belong to no sample and are as long as the padded
-    prompts, such as their positions; of a longer one the shorter is the beginning.
+    prompts, such as their positions; of a longer one the shorter is the beginning. `padded`: prompts keep the padding that they
+    were recorded with, for the network's answer depends on it.
     """
 
     lists: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class Lengths:
     omits_masks: bool = False
     repeated: tuple[str, ...] = ()
     following: tuple[str, ...] = ()
+    padded: bool = False
 
     def take(self, call: dict[str, Any], inputs: dict[str, Nest], shared: dict[str, Nest], half: int | None) -> None:
         """Put these arguments of a recorded `call` into a condition's two parts; the padded ones are there already."""
@@ -51,7 +53,7 @@ class Lengths:
         marks = [inputs[key] for key in self.masks]
         for key in self.variable:
             values = inputs[key]
-            own = [mask.sum(1) for mask in marks if mask.shape == values.shape[:2]]
+            own = [] if self.padded else [mask.sum(1) for mask in marks if mask.shape == values.shape[:2]]
             inputs[key] = {"values": values, "lengths": own[0] if own else _count([values.shape[1]] * len(values), values)}
         for key in self.following:
             positions, batch = shared.pop(key), len(inputs[self.variable[0]]["lengths"])
@@ -69,12 +71,18 @@ class Lengths:
             arguments[key] = values[lengths.index(max(lengths))][: max(lengths)]
         for key in self.variable:
             values, lengths = arguments[key]["values"], arguments[key]["lengths"].tolist()
-            whole = key in self.masks and self.omits_masks and min(lengths) == max(lengths)
-            arguments[key] = None if whole else values[:, : max(lengths)]
+            values = values[:, : max(lengths)]
+            whole = key in self.masks and self.omits_masks and bool(values.all())
+            arguments[key] = None if whole else values
+
+    @property
+    def separates(self) -> bool:
+        """Whether prompts of different lengths cannot be in one call: there is no mask, or it does not hide all."""
+        return bool(self.variable) and (self.padded or not self.masks)
 
     def groups(self, condition: Condition) -> list[Tensor]:
-        """The samples of each length, where the network has no mask to tell padding by and must be called for each."""
-        if self.masks or not self.variable:
+        """The samples of each length, where padding is not without effect and the network must be called for each."""
+        if not self.separates:
             return []
         lengths = torch.stack([condition.inputs[key]["lengths"] for key in self.variable], 1)
         different, which = lengths.unique(dim=0, return_inverse=True)
@@ -82,7 +90,12 @@ class Lengths:
 
 
 def learn_lengths(
-    short: dict[str, Any], long: dict[str, Any], lists: Sequence[str], repeated: Sequence[str], sizes: dict[str, Nest]
+    short: dict[str, Any],
+    long: dict[str, Any],
+    lists: Sequence[str],
+    repeated: Sequence[str],
+    sizes: dict[str, Nest],
+    padded: bool,
 ) -> Lengths:
     """From a call with several short prompts and one with a single long one, of the same resolution."""
     variable = tuple(key for key, size in sizes.items() if size in (1, 2) and _differs(short[key], long.get(key)))
@@ -91,7 +104,7 @@ def learn_lengths(
     tokens = {(short[key].shape[1], long[key].shape[1]) for key in variable if long.get(key) is not None}
     alone = [key for key, size in sizes.items() if size == 0 and isinstance(short[key], Tensor) and short[key].ndim]
     following = tuple(key for key in alone if (len(short[key]), len(long[key])) in tokens)
-    return Lengths(tuple(lists), variable, masks, omits, tuple(repeated), following)
+    return Lengths(tuple(lists), variable, masks, omits, tuple(repeated), following, padded)
 
 
 def is_list(two: Any, three: Any) -> bool:

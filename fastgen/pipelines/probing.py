@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
@@ -193,12 +194,15 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet(pipeline: Any) -> Iterator[None]:
-    before = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    stages = [pipeline, *(part for part in vars(pipeline).values() if isinstance(part, DiffusionPipeline))]
+    before = [getattr(stage, "_progress_bar_config", {}) for stage in stages]
+    for stage, settings in zip(stages, before, strict=True):
+        stage._progress_bar_config = {**settings, "disable": True}
     try:
         yield
     finally:
-        pipeline.set_progress_bar_config(**before)
+        for stage, settings in zip(stages, before, strict=True):
+            stage._progress_bar_config = settings
 
 
 @contextmanager

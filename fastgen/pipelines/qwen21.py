@@ -17,6 +17,7 @@ class QwenImage21(Pipeline):
     """Qwen-Image 2.1: the picture's slots, of 2 x 2 tokens each, follow the padded prompt."""
 
     handles: ClassVar[tuple[str, ...]] = ("QwenImage21Pipeline",)
+    feels_padding: ClassVar[bool] = True  # The picture's positions begin after the padded prompt.
     makes: ClassVar[tuple[str, ...]] = ("img_mask",)
 
     def made_arguments(self, arguments: Mapping[str, Any], xt: Tensor) -> dict[str, Any]:

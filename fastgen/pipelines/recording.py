@@ -48,9 +48,10 @@ class CallForm:
     arguments of a call with the multiple of the batch that each tensor's first dimension is, 0 where it has none. `lengths`
     tells of arguments whose length depends on the prompt. `sample_lists`: the noisy latents go in, and come out, as a list of
     one tensor a sample, with a frame axis. `companion`: along this dimension the latents are followed by something that does
-    not change, as the empty place of a reference picture. `batch_second` are arguments with the batch in the second dimension,
-    which a condition keeps in the first; `nested` are lists that hold a list of one tensor for each sample. `alone`: the
-    pipeline takes one prompt a call. `pixels` are the height and width that were recorded.
+    not change, as the empty place of a reference picture. `swapped` are arguments with the batch in the second dimension, or
+    the prompt's tokens in the third, with the two dimensions that a condition swaps to have it otherwise; `nested` are lists
+    that hold a list of one tensor for each sample. `alone`: the pipeline takes one prompt a call. `pixels` are the height and
+    width that were recorded.
     """
 
     sample_name: str
@@ -72,7 +73,7 @@ class CallForm:
     sample_lists: bool = False
     lengths: Lengths = field(default_factory=Lengths)
     companion: int | None = None
-    batch_second: tuple[str, ...] = ()
+    swapped: dict[str, tuple[int, int]] = field(default_factory=dict)
     nested: tuple[str, ...] = ()
     alone: bool = False
     pixels: tuple[int, int] = (0, 0)
@@ -123,9 +124,9 @@ def learn_form(pipeline: Pipeline) -> CallForm:
     for each in (full, real, long):
         unnest(each, nested)
     companion = _companion(stacked(real.calls[0][sample]), real.sample, name)
-    second = _batch_second(real.calls[0], full.calls[0])
+    swapped = _batch_second(real.calls[0], full.calls[0]) | _tokens_third(full.calls[0], long.calls[0])
     for each in (full, real, long):
-        rearrange(each, sample, companion, second)
+        rearrange(each, sample, companion, swapped)
     first = real.calls[0]
     rows = len(stacked(first[sample]))
     scale, time_reversed = (1.0, False) if pipeline.knows_time else _read_time(diffusers, (real, seen.timed), time)
@@ -158,9 +159,9 @@ def learn_form(pipeline: Pipeline) -> CallForm:
         time_reversed=time_reversed,
         guidance_factor=_guidance_factor(first["guidance"]) if takes_guidance else 1,
         sample_lists=isinstance(first[sample], (list, tuple)),
-        lengths=learn_lengths(full.calls[0], long.calls[0], lists, alike, sizes),
+        lengths=learn_lengths(full.calls[0], long.calls[0], lists, alike, sizes, pipeline.feels_padding),
         companion=companion,
-        batch_second=second,
+        swapped=swapped,
         nested=nested,
         alone=seen.alone,
         pixels=seen.pixels,
@@ -192,14 +193,24 @@ def _companion(shown: Tensor, latents: Tensor, name: str) -> int | None:
     raise UserError(f"{name} feeds its network more than noisy latents, as inpainting does; it cannot be distilled")
 
 
-def _batch_second(two: dict[str, Any], three: dict[str, Any]) -> tuple[str, ...]:
+def _batch_second(two: dict[str, Any], three: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Arguments whose second dimension follows the batch, and the first does not: from the values for two and three samples."""
 
     def follows(x: Any, y: Any) -> bool:
         tensors = isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > 2 and x.ndim == y.ndim
         return tensors and len(x) == len(y) and x.shape[1] % 2 == 0 and x.shape[1] * 3 == y.shape[1] * 2 <= 12
 
-    return tuple(key for key in two if follows(two[key], three.get(key)))
+    return {key: (0, 1) for key in two if follows(two[key], three.get(key))}
+
+
+def _tokens_third(short: dict[str, Any], long: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Arguments whose third dimension follows the prompt's length, and the second does not."""
+
+    def follows(x: Any, y: Any) -> bool:
+        tensors = isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > 3 and x.ndim == y.ndim
+        return tensors and x.shape[1] == y.shape[1] and x.shape[2] != y.shape[2]
+
+    return {key: (1, 2) for key in short if follows(short[key], long.get(key))}
 
 
 def unnest(seen: Recording, nested: Sequence[str]) -> None:
@@ -208,10 +219,10 @@ def unnest(seen: Recording, nested: Sequence[str]) -> None:
         call |= {key: [value[0] for value in call[key]] for key in nested}
 
 
-def rearrange(seen: Recording, sample: str, companion: int | None, batch_second: Sequence[str]) -> None:
-    """Make every argument of the recorded calls batch first, and one of its own of what follows the latents."""
+def rearrange(seen: Recording, sample: str, companion: int | None, swapped: Mapping[str, tuple[int, int]]) -> None:
+    """Make every argument of the recorded calls batch first, then tokens, and one of its own of what follows the latents."""
     for call in seen.calls:
-        call |= {key: call[key].transpose(0, 1) for key in batch_second}
+        call |= {key: call[key].transpose(*dimensions) for key, dimensions in swapped.items()}
         if companion is None:
             continue
         size = seen.sample.shape[companion]
@@ -279,7 +290,7 @@ def record_condition(
         return Condition.cat([record_condition(pipeline, network, form, [prompt], height, width) for prompt in prompts])
     seen = record(pipeline, network, prompts, height=height, width=width, pretend=True, alone=form.alone)
     unnest(seen, form.nested)
-    rearrange(seen, form.sample_name, form.companion, form.batch_second)
+    rearrange(seen, form.sample_name, form.companion, form.swapped)
     if form.guides == "paired":
         yes, no = (seen.calls[1], seen.calls[0]) if form.null_first else (seen.calls[0], seen.calls[1])
         null = _condition(no, form, None)

@@ -8,6 +8,8 @@ import torch
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage21,
+    BriaFibo2Pipeline,
+    BriaFibo2Transformer2DModel,
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -79,7 +81,23 @@ def z_image_omni() -> ZImageOmniPipeline:
     return ZImageOmniPipeline(**known, siglip=None, siglip_processor=None)
 
 
+def fibo2() -> BriaFibo2Pipeline:
+    """Fibo 2: prompts in JSON, eighteen states of each token in bundles of three."""
+    network = BriaFibo2Transformer2DModel(
+        **{"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 3 * WIDTH},
+        **{"injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 8, "max_num_gist_tokens": 16},
+        **{"gist_step": 4, "gist_min_text_len": 8, "gist_max_text_len": 64, "axes_dims": (8, 4, 4)},
+    )
+    pipeline = BriaFibo2Pipeline(
+        **{"transformer": awake(network), "vae": normalising_vae(), "scheduler": FlowMatchEulerDiscreteScheduler()},
+        **{"text_encoder": qwen_vision(3), "processor": letters(model_max_length=600)},
+    )
+    pipeline.text_encoder_out_layers = ((1, 4, 7), (2, 5, 8))
+    return pipeline
+
+
 BUILDERS = {
+    "BriaFibo2Pipeline": fibo2,
     "ErnieImagePipeline": ernie,
     "QwenImage21Pipeline": qwen_image_21,
     "ZImageOmniPipeline": z_image_omni,
