@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from fastgen.denoiser import Denoiser
+    from fastgen.pipelines import Pipeline
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help='a run directory, an export or any diffusers folder, or "toy" for the shipped teacher')
@@ -29,6 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="network calls; default: the student's own")
     parser.add_argument("--number", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale, 1 = off; default: the student's own")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="steer away from this, of a student sampled without guidance (NASA)"
+    )
+    parser.add_argument(
+        "--negative-scale",
+        type=float,
+        default=0.1,
+        metavar="A",
+        help="how far, 0 to 1: 0.1 for SD 1.5, 0.5 for PixArt (default 0.1)",
+    )
     parser.add_argument("--force", action="store_true", help="sample an export or a run otherwise than it was trained to be")
     add_run_options(parser)
     add_common(parser, "folder for the pictures (default: samples)")
@@ -39,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--number must be at least 1, not {args.number}")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be at least 1, not {args.steps}")
+    if not 0 <= args.negative_scale <= 1:
+        raise UserError(f"--negative-scale must be between 0 and 1, not {args.negative_scale:g}")
     first, output = seed(args), writable(args.output or Path("samples"))
     drawn = from_run(args, first) if is_run(args.target) else from_diffusers(args, first)
     pictures = []
@@ -74,15 +90,17 @@ def from_run(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, I
         sampler = replace(sampler, guidance=args.guidance)
     if not args.force:
         require_trained(sampler, trained)
-    for prompt in args.prompts:
-        condition = pipeline.encode_prompts([prompt])
-        for number in range(first, first + args.number):
-            generator = torch.Generator().manual_seed(number)
-            noise = torch.randn(1, *pipeline.latent_shape, generator=generator).to(pipeline.device)
-            with torch.no_grad():
-                latents = sampler.sample(loaded.student, noise, condition, generator=generator)
-                image = pipeline.decode(latents)[0]
-            yield prompt, number, as_picture((image.float() + 1) / 2)
+    guidance = 1.0 if loaded.student.embeds_guidance else getattr(sampler, "guidance", 1.0)
+    with away(args, pipeline, loaded.student, guidance):
+        for prompt in args.prompts:
+            condition = pipeline.encode_prompts([prompt])
+            for number in range(first, first + args.number):
+                generator = torch.Generator().manual_seed(number)
+                noise = torch.randn(1, *pipeline.latent_shape, generator=generator).to(pipeline.device)
+                with torch.no_grad():
+                    latents = sampler.sample(loaded.student, noise, condition, generator=generator)
+                    image = pipeline.decode(latents)[0]
+                yield prompt, number, as_picture((image.float() + 1) / 2)
 
 
 def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, Image.Image]]:
@@ -92,13 +110,29 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
 
     where = plain_folder(args.target)
     call = call_with(where, args.steps, args.guidance, force=args.force)
-    pipeline = load_pipeline(where, device=checked_device(args), offline=args.offline).diffusers
+    loaded = load_pipeline(where, device=checked_device(args), offline=args.offline)
+    pipeline = loaded.diffusers
     pipeline.set_progress_bar_config(disable=True)
-    for prompt in args.prompts:
-        for number in range(first, first + args.number):
-            generator = torch.Generator().manual_seed(number)
-            image = pipeline(prompt=prompt, generator=generator, output_type="pt", **call).images[0]
-            yield prompt, number, as_picture(image.float())
+    with away(args, loaded, loaded.frozen(), call.get("guidance_scale", loaded.default_guidance)):
+        for prompt in args.prompts:
+            for number in range(first, first + args.number):
+                generator = torch.Generator().manual_seed(number)
+                image = pipeline(prompt=prompt, generator=generator, output_type="pt", **call).images[0]
+                yield prompt, number, as_picture(image.float())
+
+
+def away(args: argparse.Namespace, pipeline: Pipeline, denoiser: Denoiser, guidance: float) -> AbstractContextManager[None]:
+    """Within, `denoiser` is steered away from the negative prompt, where there is one."""
+    from fastgen.pipelines.negative import steered_away
+
+    if args.negative_prompt is None:
+        return nullcontext()
+    if guidance > 1:
+        raise UserError(
+            f"--negative-prompt is for students sampled without guidance, and this one is sampled with guidance {guidance:g}"
+        )
+    negative = pipeline.encode_prompts([args.negative_prompt])
+    return steered_away(denoiser, negative, pipeline.latent_shape, args.negative_scale)
 
 
 def as_picture(image: Tensor) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,22 @@ class Experts(Denoiser):
         self.experts, self.edges, self.guide = list(experts), tuple(edges), first.guide
 
     def forward(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
         """As `Denoiser.forward`. Raises ValueError for times of a batch that belong to different experts."""
         first, last = (self.expert_at(float(time)) for time in (t.max(), t.min()))
         if first != last:
             raise ValueError(f"times from {float(t.min()):g} to {float(t.max()):g} belong to different experts")
-        return self.experts[first](xt, t, condition, guidance=guidance, features=features)
+        stop: dict[str, Any] = {} if end is None else {"end": end}
+        answer: Prediction = self.experts[first](xt, t, condition, guidance=guidance, features=features, **stop)
+        return answer
 
     def expert_at(self, time: float) -> int:
         """Which expert answers at `time`; a float32 time is only near its edge."""
