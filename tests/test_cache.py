@@ -290,3 +290,34 @@ def test_pairs_are_the_teachers_own(tmp_path: Path) -> None:
     torch.testing.assert_close(in_memory.target, batch.target, rtol=1e-4, atol=1e-4)
     other = load_source(pipeline, replace(data, pair_guidance=5.0), {"pairs"}, seed=4).batch(3)
     assert other.target is not None and not torch.allclose(other.target, batch.target)
+
+
+def test_pairs_go_through_the_pipelines_own_levels() -> None:
+    """FLUX.1 dev shifts its levels by the resolution, FLUX.2 by the number of steps too."""
+    data = DataConfig(prompts="unused", pairs=1, pair_steps=3)
+    for name in ("FluxPipeline", "Flux2KleinPipeline"):
+        pipeline = Pipeline.wrap(builders()[name](), height=64, width=64)
+        for size, pixels in ((None, 64), ((128, 64), 128)):
+            times = teacher_sampler(pipeline, data, size).times
+            pipeline.diffusers(prompt="a", num_inference_steps=3, height=pixels, width=64, output_type="latent")
+            assert times == pytest.approx(pipeline.diffusers.scheduler.sigmas[:3].tolist())
+            assert times != pytest.approx((1.0, 2 / 3, 1 / 3), abs=1e-2)
+
+
+def test_pairs_come_in_buckets(tmp_path: Path) -> None:
+    pipeline = Pipeline.wrap(tiny.sdxl())
+    for i, size in enumerate([(64, 64), (90, 50), (60, 62)]):
+        Image.new("RGB", size, (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(PROMPTS[i])
+    data = DataConfig(images=str(tmp_path), buckets=True, cache=str(tmp_path / "c"), pair_steps=2, prompts="unused")
+    for options in (data, replace(data, cache=None)):
+        source = load_source(pipeline, options, {"images", "pairs"}, seed=4)
+        shapes = set()
+        for _ in range(3):
+            batch = source.batch(1)
+            assert batch.noise is not None and batch.target is not None and batch.latents is not None
+            assert batch.noise.shape == batch.target.shape == batch.latents.shape == batch.shape
+            made = teacher_sampler(pipeline, options).sample(pipeline.frozen(), batch.noise, batch.condition)
+            torch.testing.assert_close(batch.target, made, rtol=1e-4, atol=1e-4)
+            shapes.add(batch.shape)
+        assert len(shapes) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fastgen.config import DataConfig, load
 from fastgen.data.buckets import bucket_sizes, group_by_size
+from fastgen.data.encoding import at_once
 from fastgen.data.images import find_images, load_images
 from fastgen.data.prompts import read_prompts
 from fastgen.data.source import Buckets, Source, load_source, toy_pool
@@ -225,7 +227,31 @@ def test_buckets_go_on_from_a_saved_position_and_are_shared() -> None:
     parts = [bucketed(buckets(rank=rank, processes=2), 1, 9) for rank in range(2)]
     assert [[*one, *other] for one, other in zip(*parts, strict=True)] == whole
     with pytest.raises(UserError, match=r"buckets of \[5, 2\] pictures, but the run that is resumed had \[7\]"):
-        found.load_state({"position": 1, "buckets": [7]})
+        found.load_state({"epoch": 0, "drawn": [[2, 1]], "buckets": [7]})
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_buckets_keep_their_place_on_another_number_of_processes(before: int) -> None:
+    left = buckets()
+    seen = {number for batch in bucketed(left, 2, before) for number in batch}
+    parts = [buckets(rank=rank, processes=3) for rank in range(3)]
+    for part in parts:
+        part.load_state(json.loads(json.dumps(left.state())))
+    drawn: list[list[int]] = []
+    while parts[0].turn == 0 and seen != set(range(7)):
+        three = [bucketed(part, 1, 1)[0][0] for part in parts]
+        assert len({number >= 5 for number in three}) == 1, "of one bucket"
+        assert set(three) - seen, "none before all were seen but to fill up a batch"
+        drawn, seen = [*drawn, three], seen | set(three)
+    assert seen == set(range(7)) and all(part.turn == 0 for part in parts)
+    again = buckets(processes=3)
+    again.load_state(left.state())
+    for three in drawn:
+        assert bucketed(again, 1, 1) == [three[:1]]
+    back = buckets()
+    back.load_state(again.state())
+    epoch = bucketed(back, 2, 4)
+    assert {number for batch in epoch for number in batch} == set(range(7)) and back.turn == 1
 
 
 def test_a_bucketed_source_from_files(tmp_path: Path) -> None:
@@ -252,8 +278,11 @@ def test_a_bucketed_source_from_files(tmp_path: Path) -> None:
         batch = source.batch(2)
         pixels = [8 * side for side in batch.shape[2:]]
         assert batch.condition.inputs["size"].tolist() == [pixels] * 2 and pixels in ([64, 64], [32, 80], [48, 80])
-    with pytest.raises(UserError, match=r"data\.buckets = true does not go with"):
-        load_source(pipeline, DataConfig(images=str(tmp_path), buckets=True, cache=None), {"images", "pairs"})
+
+
+def test_fewer_pictures_are_encoded_together_the_larger_they_are() -> None:
+    sizes = (32, 128, 256, 512, 1024, 2048)
+    assert [at_once((size, size)) for size in sizes] == [64, 64, 16, 4, 1, 1]
 
 
 # -- what a run describes ---------------------------------------------------------------------------

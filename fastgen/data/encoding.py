@@ -24,10 +24,16 @@ from fastgen.data.cache import Cache, Rows, digest
 from fastgen.denoiser import Condition
 from fastgen.pipelines.base import Pipeline
 
-__all__ = ["cache_images", "cache_prompts", "encode_prompts", "free_text_encoders", "made_with", "text_components"]
+__all__ = ["at_once", "cache_images", "cache_prompts", "encode_prompts", "free_text_encoders", "made_with", "text_components"]
 
 CHUNK = 64
+PIXELS_AT_ONCE = 2**20
 NO_TEXT = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "scheduler")
+
+
+def at_once(size: tuple[int, int]) -> int:
+    """How many pictures of `size` (height, width) an autoencoder is given together; one of 1024 x 1024 takes gigabytes."""
+    return max(1, min(CHUNK, PIXELS_AT_ONCE // (size[0] * size[1])))
 
 
 @torch.no_grad()
@@ -79,11 +85,11 @@ def cache_images(
     names = [name for name, part in pipeline.diffusers.components.items() if isinstance(part, nn.Module)]
     names = [name for name in names if "vae" in name or pipeline.diffusers.components[name] is pipeline.autoencoder]
     shelf = Cache(cache, "latents", {**made_with(pipeline, names), "size": size})
-    states = [path.stat() for path in paths]
+    number, states = at_once(size), [path.stat() for path in paths]
     keys = [digest([str(path.absolute()), state.st_size, state.st_mtime_ns]) for path, state in zip(paths, states, strict=True)]
 
     def encode(index: list[int]) -> Condition:
-        parts = [[paths[i] for i in index[start : start + CHUNK]] for start in range(0, len(index), CHUNK)]
+        parts = [[paths[i] for i in index[start : start + number]] for start in range(0, len(index), number)]
         return Condition({"latents": torch.cat([pipeline.encode(load(part)).cpu() for part in parts])})
 
     return shelf.fill(keys, encode, rank=rank, processes=processes, say=say)

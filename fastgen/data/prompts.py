@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from fastgen.errors import UserError
@@ -30,6 +31,9 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: is a folder; it must be a text file with one prompt a line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if b"\0" in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise UserError(f"{path}: line {line} is not text; it must be a text file in UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgen.config import TOY, DataConfig
 from fastgen.data.buckets import bucket_sizes, group_by_size
 from fastgen.data.cache import Rows, lean, pick
-from fastgen.data.encoding import CHUNK, cache_images, cache_prompts, encode_prompts
+from fastgen.data.encoding import CHUNK, at_once, cache_images, cache_prompts, encode_prompts
 from fastgen.data.images import find_images, load_images
 from fastgen.data.pairs import make_pairs
 from fastgen.data.prompts import read_prompts
@@ -124,15 +124,17 @@ class Buckets(Source):
     """Several sources, each of one resolution, as one endless stream; every joint batch is of one of them.
 
     In every epoch each is shuffled and cut into batches, the last filled up from its own beginning; then the batches are
-    shuffled. Seed and position decide all of it.
+    shuffled. Seed and position decide all of it. Where a run goes on with another joint batch, as it does on another number of
+    processes, what is left of the epoch is cut anew: every sample is still seen once.
     """
 
     def __init__(self, sources: Sequence[Source], *, seed: int = 0, rank: int = 0, processes: int = 1):
         self.sources, self.seed, self.rank, self.processes = list(sources), seed, rank, processes
         self.prompts = [prompt for source in self.sources for prompt in source.prompts]
         self.latent_shape, self.device = self.sources[0].latent_shape, self.sources[0].device
-        self.position = 0  # counted in joint batches
-        self.planned: tuple[int, int] = (-1, 0)
+        self.turn = 0  # The epoch.
+        self.drawn: list[tuple[int, int]] = []  # In this epoch: size of a joint batch, and how many of it.
+        self.planned: tuple[Any, ...] = ()
         self.plan: list[tuple[int, Tensor]] = []
 
     def __len__(self) -> int:
@@ -141,29 +143,52 @@ class Buckets(Source):
     def batch(self, size: int) -> Batch:
         """The next `size` samples of this process, all of one resolution, on its device."""
         joint = size * self.processes
-        epoch, place = divmod(self.position, sum(-(-len(source) // joint) for source in self.sources))
-        if self.planned != (epoch, joint):
-            self.planned, self.plan = (epoch, joint), self.batches(epoch, joint)
-        self.position += 1
-        bucket, index = self.plan[place]
+        if not self.drawn or self.drawn[-1][0] != joint:
+            self.drawn.append((joint, 0))
+        place = self.drawn[-1][1]
+        if place == len(self.planned_batches()):
+            self.turn, self.drawn, place = self.turn + 1, [(joint, 0)], 0
+        bucket, index = self.planned_batches()[place]
+        self.drawn[-1] = (joint, place + 1)
         return self.sources[bucket].at(index[self.rank * size : (self.rank + 1) * size])
 
-    def batches(self, epoch: int, joint: int) -> list[tuple[int, Tensor]]:
-        """The joint batches of an epoch in order: from which source, and which of its samples."""
+    def planned_batches(self) -> list[tuple[int, Tensor]]:
+        """The joint batches of this epoch since their size last changed: from which source, and which of its samples."""
+        key = (self.turn, *self.drawn[:-1], self.drawn[-1][0])
+        if self.planned != key:
+            self.planned, self.plan = key, self.batches(self.turn, self.drawn)
+        return self.plan
+
+    def batches(self, epoch: int, drawn: Sequence[tuple[int, int]]) -> list[tuple[int, Tensor]]:
+        """An epoch's joint batches in order, the last size's of `drawn`, after so many of each size before it."""
         generator = torch.Generator().manual_seed(seeded(self.seed, epoch))
-        found = []
-        for number, source in enumerate(self.sources):
-            order = torch.randperm(len(source), generator=generator)
-            whole = order.repeat(-(-joint // len(order)) + 1)
-            found += [(number, whole[start : start + joint]) for start in range(0, len(order), joint)]
-        return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+        left = [torch.randperm(len(source), generator=generator) for source in self.sources]
+        found: list[tuple[int, int, Tensor]] = []
+        for i, (joint, _) in enumerate(drawn):
+            if i:  # What the batches of the size before have left, without what filled them up.
+                rest = sorted((number, start) for number, start, _ in found[drawn[i - 1][1] :])
+                parts = [
+                    [left[n][start : start + drawn[i - 1][0]] for n, start in rest if n == number]
+                    for number in range(len(left))
+                ]
+                left = [torch.cat(part) if part else torch.empty(0, dtype=torch.long) for part in parts]
+            found = []
+            for number, order in enumerate(left):
+                whole = order.repeat(-(-joint // max(1, len(order))) + 1)
+                found += [(number, start, whole[start : start + joint]) for start in range(0, len(order), joint)]
+            found = [found[k] for k in torch.randperm(len(found), generator=generator).tolist()]
+        return [(number, index) for number, _, index in found]
 
     def take(self, index: Tensor) -> Condition:
         raise TypeError("samples of different resolutions are no batch")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the number of joint batches drawn, and the sizes of the buckets that it is counted in."""
-        return {"position": self.position, "buckets": [len(source) for source in self.sources]}
+        """What a checkpoint keeps: the epoch, what was drawn in it, and the sizes of the buckets."""
+        return {
+            "epoch": self.turn,
+            "drawn": [list(each) for each in self.drawn],
+            "buckets": [len(each) for each in self.sources],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of `state`. Raises UserError where the pictures are not those that were left."""
@@ -172,7 +197,12 @@ class Buckets(Source):
             raise UserError(
                 f"the data has buckets of {buckets} pictures, but the run that is resumed had {state.get('buckets', 'none')}"
             )
-        self.position = int(state["position"])
+        if "drawn" not in state:
+            raise UserError(
+                "the checkpoint was written by an older fastgen, which cannot tell its place in the buckets; start anew"
+            )
+        self.turn = int(state["epoch"])
+        self.drawn = [(int(joint), int(number)) for joint, number in state["drawn"]]
 
 
 def seeded(seed: int, epoch: int) -> int:
@@ -237,11 +267,7 @@ def load_source(
         paths, prompts = find_images(data.images)
         size = image_size(pipeline, device)
         if data.buckets:
-            if "pairs" in needs:
-                raise UserError(
-                    "data.buckets = true does not go with a method that learns from teacher pairs, which are of one size"
-                )
-            placed: dict[str, Any] = {"seed": seed, "device": device, **share}
+            placed: dict[str, Any] = {"seed": seed, "device": device, "pairs": data if "pairs" in needs else None, **share}
             return load_buckets(pipeline, paths, prompts, bucket_sizes(*size), cache, **placed)
         latents = encode_pictures(pipeline, paths, size, cache, device, share)
     if "pairs" in needs and not pictured:
@@ -268,11 +294,15 @@ def load_buckets(
     *,
     seed: int,
     device: torch.device | str,
+    pairs: DataConfig | None,
     rank: int,
     processes: int,
     say: Callable[[str], None] | None,
 ) -> Buckets:
-    """Pictures and their captions, each encoded at the one of `sizes` (height, width) that is nearest to its aspect ratio."""
+    """Pictures and their captions, each encoded at the one of `sizes` (height, width) that is nearest to its aspect ratio.
+
+    With `pairs` each caption also gets a teacher pair of that size.
+    """
     share: dict[str, Any] = {"rank": rank, "processes": processes, "say": say}
     sources = []
     for size, index in group_by_size(paths, sizes).items():
@@ -283,7 +313,10 @@ def load_buckets(
         else:
             condition = cache_prompts(pipeline, some, cache, size=size, **share)
         first = latents.take(torch.tensor([0])).inputs["latents"] if isinstance(latents, Rows) else latents
-        sources.append(Source(condition, first.shape[1:], latents, prompts=some, device=device))
+        shape, made = tuple(first.shape[1:]), None
+        if pairs is not None:
+            made = make_pairs(pipeline, condition, some, pairs, seed=seed, cache=cache, bucket=(size, shape, index), **share)
+        sources.append(Source(condition, shape, latents, pairs=made, prompts=some, device=device))
     return Buckets(sources, seed=seed, rank=rank, processes=processes)
 
 
@@ -297,12 +330,12 @@ def encode_pictures(
 ) -> Tensor | Rows:
     """The latents of picture files cropped to `size`, in memory or in a cache."""
     if cache is None:
-        return in_memory(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device))
+        return in_memory(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device), at_once(size))
     return cache_images(pipeline, paths, lambda some: load_images(some, size).to(device), cache, size=size, **share)
 
 
 @torch.no_grad()
-def in_memory(pipeline: Pipeline, number: int, images: Callable[[slice], Tensor]) -> Tensor:
-    """The latents of `number` images, encoded a batch at a time."""
-    parts = [slice(start, min(start + CHUNK, number)) for start in range(0, number, CHUNK)]
+def in_memory(pipeline: Pipeline, number: int, images: Callable[[slice], Tensor], together: int = CHUNK) -> Tensor:
+    """The latents of `number` images, encoded `together` at a time."""
+    parts = [slice(start, min(start + together, number)) for start in range(0, number, together)]
     return torch.cat([pipeline.encode(images(part)).cpu() for part in parts])

@@ -5,7 +5,9 @@ Weights are read from safetensors files alone, and no code that comes with a mod
 
 from __future__ import annotations
 
+import inspect
 import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+from diffusers.models.embeddings import PatchEmbed
 from diffusers.utils import logging
 from safetensors import SafetensorError
 
@@ -102,12 +105,19 @@ def load_pipeline(
         offload_components(loaded, network, device)
     elif builder is None:
         loaded = loaded.to(device)
+    check_size(path, network, loaded, height, width)
     try:
         return Pipeline.wrap(
             loaded, roles=roles, lora=lora, gradient_checkpointing=gradient_checkpointing, height=height, width=width
         )
     except UserError as problem:
         raise UserError(f"pipeline {path!r}: {problem}") from problem
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as problem:
+        sized = isinstance(problem, ValueError) and (height or width)  # Who asked for the size names it.
+        if sized or not from_library(problem):
+            raise
+        kind = type(loaded).__name__
+        raise UserError(f"pipeline {path!r}: this {kind} does not run from prompts alone: {_one_line(problem)}") from problem
 
 
 def _check_roles(quantize: str, roles: Mapping[str, Mode]) -> None:
@@ -142,8 +152,12 @@ def _check_index(folder: Path) -> dict[str, Any]:
         name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file} is not a pipeline's index: it must be a JSON object with a _class_name") from problem
-    if own_class(folder) is None and (not isinstance(name, str) or not hasattr(diffusers, name)):
+    kind = own_class(folder) or (getattr(diffusers, name, None) if isinstance(name, str) else None)
+    if kind is None:
         raise UserError(f"{file} has _class_name {name!r}, which diffusers {diffusers.__version__} does not know")
+    stock = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    if not stock and not hasattr(kind, "_backends"):  # Some hide where an optional package is missing; loading names it.
+        raise UserError(f"{file} has _class_name {name!r}, which is no pipeline; give a whole pipeline's folder")
     for component, entry in index.items():
         if component.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
@@ -151,8 +165,36 @@ def _check_index(folder: Path) -> dict[str, Any]:
             raise UserError(f"{file} loads {component} from {entry[0]!r}; it must be diffusers or transformers")
         if component != "safety_checker" and not (folder / component).is_dir():
             raise UserError(f"{folder} lacks the component {component!r} that its model_index.json names")
+    absent = [
+        key for key in (_needed(kind) if stock else []) if not isinstance(index.get(key), list) or index[key][:1] == [None]
+    ]
+    if absent:
+        raise UserError(f"{folder} lacks the component {absent[0]!r}, which a {kind.__name__} needs")
     # The checker of images is of no use in training and often comes pickled.
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+
+
+def _needed(kind: Any) -> list[str]:
+    """The components that a pipeline class cannot do without."""
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    return [each.name for each in parameters if each.default is each.empty and each.name not in kind._optional_components]
+
+
+def check_size(path: str, network: Any, pipeline: Any, height: int | None, width: int | None) -> None:
+    """Raise UserError for a size beyond the places that a network has learned, as SD3's has a fixed number."""
+    embedding, factor = getattr(network, "pos_embed", None), getattr(pipeline, "vae_scale_factor", 8)
+    if not isinstance(embedding, PatchEmbed) or not embedding.pos_embed_max_size:
+        return
+    most = embedding.pos_embed_max_size * embedding.patch_size * factor
+    for key, pixels in (("height", height), ("width", width)):
+        if pixels is not None and pixels > most:
+            raise UserError(f"{key} = {pixels} is more than the {most} pixels that the network of {path!r} has places for")
+
+
+def from_library(problem: Exception) -> bool:
+    """Whether an error was raised in diffusers' or transformers' code, by what it was given, not in ours."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    return bool(frames) and bool({"diffusers", "transformers"} & set(Path(frames[-1].filename).parts))
 
 
 def _configurations(path: str, offline: bool) -> Path:
@@ -200,9 +242,11 @@ def fuse_lora(pipeline: Any, file: str) -> None:
     loaded = {key.replace(".teacher.", ".") for key in network.state_dict() if ".teacher." in key and _is_factor(key)}
     strays = expected - loaded if all(".lora_A." in key or ".lora_B." in key for key in expected) else ()
     if strays or not loaded or len(loaded) != len(expected):
-        reason = (
-            f"it has no place for {min(strays)}" if strays else f"{len(loaded)} of {len(expected)} LoRA tensors have a place"
-        )
+        reason = f"{len(loaded)} of {len(expected)} LoRA tensors have a place"
+        if strays:
+            reason = f"it has no place for {min(strays)}"
+        elif not expected:
+            reason = f"the file holds nothing for a {name}"
         raise UserError(f"{misfit}: {reason}")
     pipeline.fuse_lora(components=[c for c in pipeline._lora_loadable_modules if getattr(pipeline, c, None) is not None])
     pipeline.unload_lora_weights()
