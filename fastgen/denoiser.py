@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -143,6 +144,32 @@ def _unflatten(nest: Nest, name: str, flat: Mapping[str, Tensor]) -> Nest:
     return nest
 
 
+class EndInput(nn.Module):
+    """A second time as an input, for a network that has none: how far a call is to go, added to its embedding of the time.
+
+    Waves of t - s through two layers, of which the second is zero at first, so that the network goes on as it did.
+    """
+
+    def __init__(self, place: str, width: int, waves: int = 32, fastest: float = 100.0):
+        """`place` names the submodule that embeds the time, into `width` numbers; `fastest` is the quickest wave's rate."""
+        super().__init__()
+        self.place = place
+        rates = torch.exp(torch.linspace(0.0, math.log(fastest), waves))
+        self.register_buffer("rates", rates, persistent=False)
+        self.enter, self.leave = nn.Linear(2 * waves, width), nn.Linear(width, width)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    rates: Tensor
+
+    def forward(self, span: Tensor) -> Tensor:
+        """[B, width] of t - s [B], in the time from 0 to 1 of the network's own process."""
+        phase = span.to(self.rates.dtype)[:, None] * self.rates
+        hidden = self.enter(torch.cat([phase.sin(), phase.cos()], 1).to(self.enter.weight.dtype))
+        embedding: Tensor = self.leave(nn.functional.silu(hidden))
+        return embedding
+
+
 class Predicts(Protocol):
     """Anything that can be asked for a prediction: a denoiser, a guided one, a re-timed one."""
 
@@ -178,6 +205,8 @@ class Denoiser(nn.Module):
     With full weights the network is a submodule. With an adapter on a shared base, `own` holds just this role's adapter
     weights: the base stays out of `parameters()` and `state_dict()`, and `activate` selects the adapter around every call.
     Nobody who uses a denoiser needs to know which of the two it is.
+
+    With an `end_input` the network is told, beside the time t, the time s at which its step ends; its weights are the role's.
     """
 
     def __init__(
@@ -192,6 +221,7 @@ class Denoiser(nn.Module):
         embeds_guidance: bool = False,
         guide: Guide = guide,
         groups: Groups | None = None,
+        end_input: EndInput | None = None,
     ):
         """`guide` is how `Guided` combines two of its outputs; `groups` splits a batch that the network cannot take at once."""
         super().__init__()
@@ -199,20 +229,36 @@ class Denoiser(nn.Module):
         object.__setattr__(self, "network", network)  # Not registered: a shared base belongs to nobody.
         self.call, self.process, self.kind, self.activate = call, process, kind, activate
         self.embeds_guidance, self.guide, self.groups = embeds_guidance, guide, groups
+        self.end_input = end_input
 
     network: nn.Module
 
+    @property
+    def takes_end(self) -> bool:
+        """Whether it can be told where its step ends."""
+        return self.end_input is not None
+
     def forward(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
         """Predict at `xt` [B, C, ...] and times `t` [B].
 
         `guidance` [B] is the scale fed to a network that embeds it (diffusers convention, 1 = off). `features` names submodules
-        of the network whose outputs are returned with the prediction.
+        of the network whose outputs are returned with the prediction. `end` [B], at most t, is where the step ends, for a
+        network that is told; None is t itself, no step. Raises ValueError where the network has no such input.
         """
+        if end is not None and self.end_input is None:
+            raise ValueError("this denoiser has no input for the time at which a step ends")
         groups = self.groups(condition) if self.groups else []
         if len(groups) > 1:
-            return self._in_groups(groups, xt, t, condition, guidance, features)
+            return self._in_groups(groups, xt, t, condition, guidance, features, end)
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -222,6 +268,10 @@ class Denoiser(nn.Module):
             return hook
 
         hooks = [self.network.get_submodule(name).register_forward_hook(keep(name)) for name in features]
+        if self.end_input is not None:
+            added = self.end_input((torch.zeros_like(t) if end is None else t - end).expand(len(xt)))
+            place = self.network.get_submodule(self.end_input.place)
+            hooks.append(place.register_forward_hook(lambda module, args, output: output + added.to(output.dtype)))
         try:
             with self.activate():
                 output = self.call(self.network, xt, t, condition, guidance)
@@ -238,10 +288,16 @@ class Denoiser(nn.Module):
         condition: Condition,
         guidance: Tensor | None,
         features: Sequence[str],
+        end: Tensor | None,
     ) -> Prediction:
         t = t.expand(len(xt)) if t.ndim <= 1 else t
-        told = [None if guidance is None else guidance[i] for i in groups]
-        parts = [self(xt[i], t[i], condition[i], guidance=g, features=features) for i, g in zip(groups, told, strict=True)]
+
+        def part(i: Tensor) -> Prediction:
+            told, stop = (None if value is None else value[i] for value in (guidance, end))
+            prediction: Prediction = self(xt[i], t[i], condition[i], guidance=told, features=features, end=stop)
+            return prediction
+
+        parts = [part(i) for i in groups]
         back = torch.cat(groups).argsort()
         seen = {name: torch.cat(pad_alike([(part.features or {})[name] for part in parts]))[back] for name in features}
         return Prediction(torch.cat([part.output for part in parts])[back], self.kind, xt, t, self.process, seen or None)
@@ -267,22 +323,31 @@ class Guided:
         return False
 
     def __call__(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
         """As `Denoiser.forward`; `guidance` [B], where given, takes the place of `scale`."""
         scale = self.scale if guidance is None else guidance
+        stop: dict[str, Any] = {} if end is None else {"end": end}
         if self.denoiser.embeds_guidance:
             told = torch.as_tensor(scale, device=xt.device, dtype=torch.float32).expand(len(xt))
-            return self.denoiser(xt, t, condition, guidance=told, features=features)
+            return self.denoiser(xt, t, condition, guidance=told, features=features, **stop)
         if not isinstance(scale, Tensor) and scale == 1:
-            return self.denoiser(xt, t, condition, features=features)
+            return self.denoiser(xt, t, condition, features=features, **stop)
         if condition.null is None:
             raise UserError(f"guidance {scale} needs an unconditional twin, which this condition lacks; use a scale of 1")
         if isinstance(scale, Tensor):
             scale = scale.view(-1, *[1] * (xt.ndim - 1)).to(xt)
         t = t.expand(len(xt)) if t.ndim <= 1 else t
         both = Condition.cat([condition, condition.null])
-        double = self.denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both, features=features)
+        stop = {} if end is None else {"end": torch.cat([end, end])}
+        double = self.denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both, features=features, **stop)
         yes, no = double.output.chunk(2)
         seen = {name: x.chunk(2)[0] for name, x in double.features.items()} if double.features else None
         combine: Guide = getattr(self.denoiser, "guide", guide)
@@ -304,15 +369,25 @@ class Retimed:
         return self.denoiser.embeds_guidance
 
     def __call__(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
         inner = self.denoiser.process
+        stop: dict[str, Any] = {}
+        if end is not None:
+            stop = {"end": inner.time_at(self.process.ratio(end.double())).to(t.dtype)}
         alpha, sigma = self.process.coefficients(t, xt)
         t_inner = inner.time_at(self.process.ratio(t.double())).to(t.dtype)
         alpha_inner, sigma_inner = inner.coefficients(t_inner, xt)
         # Either ratio would do; each is safe where the other divides by zero.
         scale = torch.where(alpha > sigma, alpha_inner / alpha.clamp_min(1e-6), sigma_inner / sigma.clamp_min(1e-6))
-        prediction = self.denoiser(xt * scale, t_inner, condition, guidance=guidance, features=features)
+        prediction = self.denoiser(xt * scale, t_inner, condition, guidance=guidance, features=features, **stop)
         # As v, which determines x0 and eps well at both ends of the process.
         v = self.process.target("v", *prediction.solve(), t)
         return Prediction(v, "v", xt, t, self.process, prediction.features)

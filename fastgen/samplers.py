@@ -111,13 +111,16 @@ class FewStep(Sampler):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and exit_at is None):
                     x = self._onward(prediction, t, generator).to(noise.dtype)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (exit_at is None or i == exit_at)):
-                prediction = guided(x, t, condition)
+                prediction = self._ask(guided, x, t, i, condition)
             if watch is not None:
                 watch(prediction)
         assert prediction is not None
         if isinstance(process, VP) and 0 < self.gamma < 1 and exit_at is None:
             return prediction.at(torch.full_like(t, 1 / process.steps)).to(noise.dtype)
         return prediction.x0.to(noise.dtype)
+
+    def _ask(self, guided: Guided, x: Tensor, t: Tensor, i: int, condition: Condition) -> Prediction:
+        return guided(x, t, condition)
 
     def _time(self, i: int, like: Tensor) -> Tensor:
         return like.new_full((len(like),), self.times[i], dtype=torch.promote_types(like.dtype, torch.float32))
@@ -169,6 +172,36 @@ class FewStep(Sampler):
 
     def _call(self, steps: dict[str, Any]) -> dict[str, Any]:
         return steps | {"guidance_scale": self.guidance}
+
+
+@dataclass(frozen=True)
+class MeanVelocity(FewStep):
+    """Follow the mean velocity of a network that is told where a step ends: x_s = x_t - (t - s) u(x_t, t, s) for a flow.
+
+    Any other process takes the same step by its DDIM formula. `gamma` must be 0 (MeanFlow, Geng et al. 2025, equation 12).
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gamma:
+            raise ValueError(f"mean velocities are followed without new noise, so gamma must be 0, not {self.gamma}")
+
+    def _ask(self, guided: Guided, x: Tensor, t: Tensor, i: int, condition: Condition) -> Prediction:
+        if not getattr(guided.denoiser, "takes_end", False):
+            raise UserError("mean velocities are those of a network that is told where a step ends, and this one is not")
+        end = self._time(i + 1, x) if i + 1 < self.steps else torch.zeros_like(t)
+        return guided(x, t, condition, end=end)
+
+    @property
+    def stock(self) -> FewStep:
+        """The sampler whose stock scheduler takes these steps, around a network that is told their ends by other means."""
+        return FewStep(self.times, guidance=self.guidance)
+
+    def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
+        raise UserError(
+            "no stock scheduler of diffusers tells a network where its step ends: only a pipeline folder, which brings a "
+            'file of its own for that, can be exported, format "diffusers" or "fused"'
+        )
 
 
 PREDICTION_TYPES: dict[Kind, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.analytic import MASK, Mixture
-from fastgen.denoiser import Condition, Denoiser, Predicts
+from fastgen.denoiser import Condition, Denoiser, EndInput, Predicts
 from fastgen.method import Batch, Method, Player
 from fastgen.process import EDM, VP, Flow, Kind, Process, Trig
 
@@ -118,11 +118,13 @@ class FakePipeline:
             return self.teacher
         return Denoiser(self.base, call, self.process, self.kind, embeds_guidance=self.embeds_guidance)
 
-    def trainable(self, role: str, *, guidance_embedding: bool = False) -> Denoiser:
+    def trainable(self, role: str, *, guidance_embedding: bool = False, end_time: bool = False) -> Denoiser:
         embeds = guidance_embedding or self.embeds_guidance
+        end = EndInput("known", self.width) if end_time else None
         network = self.networks[role]() if role in self.networks else self._copy(embeds)
         kind: Kind = "x0" if isinstance(network, GaussianScore) else self.kind
-        denoiser = Denoiser(network.requires_grad_(True), call, self.process, kind, embeds_guidance=embeds)
+        network.requires_grad_(True)
+        denoiser = Denoiser(network, call, self.process, kind, embeds_guidance=embeds, end_input=end)
         self.made[role] = denoiser
         return denoiser
 
