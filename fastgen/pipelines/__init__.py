@@ -6,6 +6,7 @@ if __name__ != "fastgen.pipelines":
     raise ImportError("the folder `pipelines` at the root is a link for browsing; write `import fastgen.pipelines`")
 
 from fastgen.adapters import LoraOptions
+from fastgen.pipelines.animatediff import AnimateDiff
 from fastgen.pipelines.base import Pipeline
 from fastgen.pipelines.cogview4 import CogView4
 from fastgen.pipelines.cosmos2 import Cosmos2
@@ -18,6 +19,7 @@ from fastgen.pipelines.qwen21 import QwenImage21
 from fastgen.pipelines.sana_sprint import SanaSprint
 
 __all__ = [
+    "AnimateDiff",
     "CogView4",
     "Cosmos2",
     "Ernie",

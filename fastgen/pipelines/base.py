@@ -297,6 +297,7 @@ class Pipeline:
         arguments = merge(inputs, condition.shared)
         self.form.lengths.hand_over(arguments, len(xt))
         arguments |= {key: arguments[key].transpose(*dimensions) for key, dimensions in self.form.swapped.items()}
+        arguments |= {key: arguments[key].repeat_interleave(xt.shape[2], 0) for key in self.form.framewise}
         arguments |= self.made_arguments(arguments, xt)
         if guidance is None:
             guidance = xt.new_full((len(xt),), self.default_guidance, dtype=torch.float32)

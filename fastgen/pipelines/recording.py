@@ -50,8 +50,8 @@ class CallForm:
     one tensor a sample, with a frame axis. `companion`: along this dimension the latents are followed by something that does
     not change, as the empty place of a reference picture. `swapped` are arguments with the batch in the second dimension, or
     the prompt's tokens in the third, with the two dimensions that a condition swaps to have it otherwise; `nested` are lists
-    that hold a list of one tensor for each sample. `alone`: the pipeline takes one prompt a call. `pixels` are the height and
-    width that were recorded.
+    that hold a list of one tensor for each sample; `framewise` are repeated for each of a video's frames. `alone`: the
+    pipeline takes one prompt a call. `pixels` are the height and width that were recorded.
     """
 
     sample_name: str
@@ -74,6 +74,7 @@ class CallForm:
     lengths: Lengths = field(default_factory=Lengths)
     companion: int | None = None
     swapped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    framewise: tuple[str, ...] = ()
     nested: tuple[str, ...] = ()
     alone: bool = False
     pixels: tuple[int, int] = (0, 0)
@@ -125,8 +126,9 @@ def learn_form(pipeline: Pipeline) -> CallForm:
         unnest(each, nested)
     companion = _companion(stacked(real.calls[0][sample]), real.sample, name)
     swapped = _batch_second(real.calls[0], full.calls[0]) | _tokens_third(full.calls[0], long.calls[0])
+    framewise = _framewise(real.calls[0], sample)
     for each in (full, real, long):
-        rearrange(each, sample, companion, swapped)
+        rearrange(each, sample, companion, swapped, framewise)
     first = real.calls[0]
     rows = len(stacked(first[sample]))
     scale, time_reversed = (1.0, False) if pipeline.knows_time else _read_time(diffusers, (real, seen.timed), time)
@@ -162,6 +164,7 @@ def learn_form(pipeline: Pipeline) -> CallForm:
         lengths=learn_lengths(full.calls[0], long.calls[0], lists, alike, sizes, pipeline.feels_padding),
         companion=companion,
         swapped=swapped,
+        framewise=framewise,
         nested=nested,
         alone=seen.alone,
         pixels=seen.pixels,
@@ -219,9 +222,29 @@ def unnest(seen: Recording, nested: Sequence[str]) -> None:
         call |= {key: [value[0] for value in call[key]] for key in nested}
 
 
-def rearrange(seen: Recording, sample: str, companion: int | None, swapped: Mapping[str, tuple[int, int]]) -> None:
+def _framewise(call: dict[str, Any], sample: str) -> tuple[str, ...]:
+    """Arguments that hold each sample's as often as its video has frames."""
+    video = stacked(call[sample])
+    if video.ndim != 5 or video.shape[2] == 1:
+        return ()
+    rows, frames = len(video), video.shape[2]
+
+    def repeats(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim > 1 and len(x) == rows * frames and torch.equal(x[::frames], x[1::frames])
+
+    return tuple(key for key, value in call.items() if key != sample and repeats(value))
+
+
+def rearrange(
+    seen: Recording,
+    sample: str,
+    companion: int | None,
+    swapped: Mapping[str, tuple[int, int]],
+    framewise: Sequence[str],
+) -> None:
     """Make every argument of the recorded calls batch first, then tokens, and one of its own of what follows the latents."""
     for call in seen.calls:
+        call |= {key: call[key][:: call[sample].shape[2]] for key in framewise}
         call |= {key: call[key].transpose(*dimensions) for key, dimensions in swapped.items()}
         if companion is None:
             continue
@@ -290,7 +313,7 @@ def record_condition(
         return Condition.cat([record_condition(pipeline, network, form, [prompt], height, width) for prompt in prompts])
     seen = record(pipeline, network, prompts, height=height, width=width, pretend=True, alone=form.alone)
     unnest(seen, form.nested)
-    rearrange(seen, form.sample_name, form.companion, form.swapped)
+    rearrange(seen, form.sample_name, form.companion, form.swapped, form.framewise)
     if form.guides == "paired":
         yes, no = (seen.calls[1], seen.calls[0]) if form.null_first else (seen.calls[0], seen.calls[1])
         null = _condition(no, form, None)
