@@ -14,7 +14,7 @@ from fastgen.critics import TransitionCritic
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.families.progressive import Staged, truncated_snr
-from fastgen.losses import approximate_r1, nonsaturating_critic, nonsaturating_student, squared
+from fastgen.losses import approximate_r1, nonsaturating_critic, nonsaturating_student, pseudo_huber, squared
 from fastgen.method import Batch, Loss, Player
 from fastgen.pipelines.base import Pipeline
 
@@ -58,6 +58,9 @@ class Lightning(Staged):
     )
     mse_weight: float = field(
         default=0.0, metadata={"help": "weight of the mse objective kept in adversarial stages", "at_least": 0}
+    )
+    huber_c: float = field(
+        default=0.0, metadata={"help": "where the mse objective turns from square to absolute; 0: square", "at_least": 0}
     )
     r1_weight: float = field(default=0.0, metadata={"help": "weight of the approximate R1 penalty; 0: none", "at_least": 0})
     fine_steps: int = field(
@@ -149,7 +152,8 @@ class Lightning(Staged):
     def mse(self, x0: Tensor, xt: Tensor, times: list[Tensor], batch: Batch) -> Tensor:
         """Progressive distillation: the student's x0 against the one that lands where the teacher does."""
         target = self.target(xt, times, self.taught(xt, times, batch.condition))
-        return squared(x0, target, truncated_snr(self.student.process, times[0], xt))
+        weight = truncated_snr(self.student.process, times[0], xt)
+        return pseudo_huber(x0, target, self.huber_c, weight) if self.huber_c else squared(x0, target, weight)
 
     def views(self, ends: Sequence[Tensor], level: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the discriminator is shown of `ends` at times `level` [B]: in fine stages with more noise, all at one time."""
