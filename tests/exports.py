@@ -125,7 +125,7 @@ def drawn_elsewhere(cases: Mapping[str, Case], root: Path) -> Drawn:
     (root / "cases.json").write_text(json.dumps(told))
     environment = {**os.environ, "HF_HOME": str(root / "hub"), "HF_MODULES_CACHE": str(root / "modules")}
     command = [sys.executable, str(Path(__file__).with_name("stock_diffusers.py")), str(root)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     found.theirs = load_file(root / "latents.safetensors")
     found.problems = json.loads((root / "problems.json").read_text())

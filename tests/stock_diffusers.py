@@ -23,11 +23,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 WHOLE = ("diffusers", "fused")
+WIDTHS = {"3072": "32", "12288": "128", "2304": "32", "768": "16"}  # Of FLUX.1 and of Lumina 2, and of the tiny ones.
 
 
 def narrowed(module: Any, name: str) -> Any:
-    """One of diffusers' converters, into which the width of FLUX.1, 3072, is written, for a tiny model."""
-    source = inspect.getsource(getattr(module, name)).replace("3072", "32").replace("12288", "128")
+    """One of diffusers' converters, into which a model's true widths are written, for a tiny model."""
+    source = inspect.getsource(getattr(module, name))
+    for true, tiny in WIDTHS.items():
+        source = re.sub(rf"\b{true}\b", tiny, source)
     exec(source, module.__dict__)
     return getattr(module, name)
 
@@ -35,9 +38,10 @@ def narrowed(module: Any, name: str) -> Any:
 def narrow_converters() -> None:
     name = "_convert_kohya_flux_lora_to_diffusers"
     setattr(lora_pipeline, name, narrowed(lora_conversion_utils, name))
-    for kind in ("flux", "chroma"):
-        known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[f"{kind.title()}Transformer2DModel"]
-        known["checkpoint_mapping_fn"] = narrowed(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
+    converters = {kind: f"convert_{kind.lower()}_transformer_checkpoint_to_diffusers" for kind in ("Flux", "Chroma")}
+    for kind, converter in (converters | {"Lumina2": "convert_lumina2_to_diffusers"}).items():
+        known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[f"{kind}Transformer2DModel"]
+        known["checkpoint_mapping_fn"] = narrowed(single_file_utils, converter)
 
 
 class Positioned(PreTrainedTokenizerFast):

@@ -173,7 +173,9 @@ def test_what_has_no_such_format_is_refused_in_one_sentence(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"'gguf' is not known; it must be one of diffusers.*kohya.*single-file"):
         export(full, student, FewStep((1.0,)), tmp_path / "x", format="gguf")
     full.diffusers.__class__ = type("KolorsPipeline", (type(full.diffusers),), {})
-    with pytest.raises(UserError, match=r"'single-file' is known for .*XL, SD3, FLUX.1 and Chroma, not for KolorsPipeline"):
+    with pytest.raises(
+        UserError, match=r"'single-file' is known for .*XL, SD3, FLUX.1 and 2, Chroma, .* and AuraFlow, not for KolorsPipeline"
+    ):
         export(full, student, FewStep((1.0,)), tmp_path / "x", format="single-file")
     lora = wrapped(CASES["kohya_sd15"])
     adapted = trained(lora)

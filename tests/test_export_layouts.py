@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.loaders import single_file_utils as converters
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -51,16 +56,21 @@ NETWORKS: dict[str, tuple[str, Callable[[], Any], Callable[..., Any]]] = {
         converters.convert_flux_transformer_checkpoint_to_diffusers,
     ),
     "chroma": ("", ChromaTransformer2DModel, converters.convert_chroma_transformer_checkpoint_to_diffusers),
+    "flux2": ("", Flux2Transformer2DModel, converters.convert_flux2_transformer_checkpoint_to_diffusers),
+    "qwen-image": ("", QwenImageTransformer2DModel, lambda weights, config: weights),
+    "z-image": ("", ZImageTransformer2DModel, converters.convert_z_image_transformer_checkpoint_to_diffusers),
+    "lumina2": ("", Lumina2Transformer2DModel, converters.convert_lumina2_to_diffusers),
+    "aura-flow": ("", AuraFlowTransformer2DModel, converters.convert_auraflow_transformer_checkpoint_to_diffusers),
 }
 
 
-def of(name: str) -> tuple[Any, Any]:
+def of(name: str, wanted: str = "kohya") -> tuple[Any, Any]:
     """A network without memory, and its layout."""
     family, build, _ = NETWORKS[name]
     with torch.device("meta"):
         network = build()
     pipeline: Any = SimpleNamespace(diffusers=type(family or "Any", (), {})())
-    return network, layout_of(pipeline, network, "kohya")
+    return network, layout_of(pipeline, network, wanted)
 
 
 def factors(network: Any, targets: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -76,7 +86,7 @@ def factors(network: Any, targets: tuple[str, ...]) -> dict[str, tuple[torch.Ten
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_diffusers_converter_finds_every_weight(name: str) -> None:
-    network, layout = of(name)
+    network, layout = of(name, "single-file")
     weights = network.state_dict()
     original = original_weights(layout, weights)
     prefix = "model.diffusion_model." if isinstance(network, UNet2DConditionModel) else ""
@@ -123,3 +133,10 @@ def test_a_layer_without_an_original_name_is_named() -> None:
     network, layout = of("sd15")
     with pytest.raises(UserError, match="the LoRA adapts elsewhere, for which the original layout has no name"):
         original_lora(layout, network, {"elsewhere": (torch.zeros(1, 1), torch.zeros(1, 1))})
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen-image", "z-image", "lumina2", "aura-flow"])
+def test_a_lora_is_known_under_fewer_original_names_than_a_checkpoint(name: str) -> None:
+    for wanted in ("kohya", "comfyui"):
+        with pytest.raises(UserError, match=f"'{wanted}' is known for .*, not for Any; export it as 'diffusers'"):
+            of(name, wanted)

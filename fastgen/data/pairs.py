@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def own_times(pipeline: Pipeline, steps: int, size: tuple[int, int] | None = Non
     """
     whole = pipeline.diffusers
     height, width = size or (pipeline.height, pipeline.width)
-    asked = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "latent"}
+    asked: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "latent"}
     asked |= {"generator": torch.Generator().manual_seed(0), "use_resolution_binning": False}
     known, bar = inspect.signature(type(whole).__call__).parameters, getattr(whole, "_progress_bar_config", {})
     whole.set_progress_bar_config(**{**bar, "disable": True})

@@ -3,7 +3,8 @@
 Stable Diffusion 1, 2 and XL follow CompVis' and Stability's UNet (`input_blocks`, `middle_block`, `output_blocks`), SD3
 Stability's MMDiT (`joint_blocks`), FLUX.1 and Chroma the transformer of Black Forest Labs (`double_blocks`, `single_blocks`).
 Those names are what single-file checkpoints hold, what ComfyUI's networks are called, and, but for SD 1 and 2, what kohya-ss'
-sd-scripts trains. A layer there can be several of diffusers' layers stacked: queries, keys and values.
+sd-scripts trains. A layer there can be several of diffusers' layers stacked: queries, keys and values. Newer families, of which
+single files alone are written, are in `fastgen.export.renaming`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
+from fastgen.export.renaming import LOOSE, RULES, SWAPPED, stacked_by_name
 from fastgen.pipelines import Pipeline
 
 Parts = tuple[str, ...]
 
 UNET_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 SUPPORTED = "Stable Diffusion 1, 2 and XL, SD3, FLUX.1 and Chroma"
+WHOLE = "Stable Diffusion 1 and XL, SD3, FLUX.1 and 2, Chroma, Qwen-Image, Z-Image, Lumina 2 and AuraFlow"
+"""Of which families LoRAs, and single files, are written under original names."""
+
 
 UNET_TOP = {
     "conv_in": "input_blocks.0.0",
@@ -157,7 +162,10 @@ def layout_of(pipeline: Pipeline, network: nn.Module, wanted: str) -> Layout:
         renamed = {place: _unet_name(place, _layers_per_block(network), places) for place in places}
         modules: dict[str, Parts] = {original: (place,) for place, original in renamed.items() if original is not None}
         return Layout(name, modules, frozenset(), family == "StableDiffusionXLPipeline")
-    raise UserError(f"the format {wanted!r} is known for {SUPPORTED}, not for {family}; export it as 'diffusers'")
+    if wanted == "single-file" and name in RULES:
+        return Layout(name, stacked_by_name(name, places - {""}), SWAPPED.get(name, frozenset()), False)
+    known = WHOLE if wanted == "single-file" else SUPPORTED
+    raise UserError(f"the format {wanted!r} is known for {known}, not for {family}; export it as 'diffusers'")
 
 
 def named_places(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -234,8 +242,8 @@ def original_weights(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str,
             stacked = torch.cat([left.pop(f"{part}.{leaf}") for part in parts])
             name = "scale" if layout.network != "SD3Transformer2DModel" and _is_root_mean_square(original) else leaf
             result[f"{original}.{name}"] = _swap(stacked) if original in layout.swapped else stacked
-    if "pos_embed.pos_embed" in left:
-        result["pos_embed"] = left.pop("pos_embed.pos_embed")
+    loose = LOOSE | {"pos_embed.pos_embed": "pos_embed" if layout.network == "SD3Transformer2DModel" else "positional_encoding"}
+    result |= {original: left.pop(name) for name, original in loose.items() if name in left}
     if left:
         raise UserError(f"this {layout.network} has {min(left)}, for which the original layout has no name")
     return result

@@ -1,8 +1,8 @@
 """One checkpoint file under the names of a family's first release, as ComfyUI, A1111 and `from_single_file` read it.
 
 For Stable Diffusion 1 and XL it holds the whole pipeline: the student, the autoencoder (CompVis' `first_stage_model`) and the
-text encoders (`cond_stage_model`; of SDXL `conditioner.embedders`, the second one in OpenCLIP's layout). For SD3, FLUX.1 and
-Chroma it holds the transformer alone. A LoRA is merged into it.
+text encoders (`cond_stage_model`; of SDXL `conditioner.embedders`, the second one in OpenCLIP's layout). Of other families it
+holds the transformer alone. A LoRA is merged into it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.export.directory import describe, metadata, new_directory, write_description
 from fastgen.export.folder import merged
-from fastgen.export.layouts import layout_of, original_weights
+from fastgen.export.layouts import WHOLE, layout_of, original_weights
 from fastgen.export.model_card import write_card
 from fastgen.export.scheduler import stock_scheduler
 from fastgen.pipelines import Pipeline
@@ -75,10 +75,7 @@ def export_single_file(
 def _require_sd1_or_sdxl(pipeline: Pipeline) -> None:
     whole: Any = pipeline.diffusers
     if not hasattr(whole, "text_encoder_2") and whole.unet.config.cross_attention_dim == SD2_WIDTH:
-        raise UserError(
-            "the format 'single-file' is known for Stable Diffusion 1 and XL, SD3, FLUX.1 and Chroma, "
-            "not for Stable Diffusion 2; export it as 'diffusers'"
-        )
+        raise UserError(f"the format 'single-file' is known for {WHOLE}, not for Stable Diffusion 2; export it as 'diffusers'")
     if type(whole.vae).__name__ != "AutoencoderKL":
         raise UserError(f"the format 'single-file' takes an AutoencoderKL, not {type(whole.vae).__name__}; use 'diffusers'")
 
