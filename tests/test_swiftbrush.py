@@ -37,7 +37,7 @@ def test_the_papers_settings() -> None:
 def test_the_gradient_by_hand(random: bool) -> None:
     """sigma^2 (E_T - E_F), both guided, against the authors' code with the table's own numbers."""
     pipeline = FakePipeline(TABLE, (3,), "eps")
-    method = ready(pipeline, Snoopi if random else SwiftBrush)
+    method = ready(pipeline, Snoopi) if random else ready(pipeline, SwiftBrush, guidance=4.5)
     nn.init.normal_(method.critic.fake.network.leave.bias)
     batch = next(batches(pipeline, 16))
     torch.manual_seed(7)
@@ -128,9 +128,20 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
         Snoopi(**options)
 
 
-def test_random_guidance_is_not_for_networks_that_embed_it() -> None:
-    with pytest.raises(UserError, match=r"from 0\.5 to 4 .* embeds its guidance"):
-        ready(FakePipeline(TABLE, (3,), embeds_guidance=True), Snoopi)
+def test_networks_that_embed_guidance_are_told_the_drawn_scale() -> None:
+    pipeline = FakePipeline(TABLE, (3,), embeds_guidance=True, default_guidance=3.5)
+    method, batch, told = ready(pipeline, Snoopi), next(batches(pipeline, 64)), {}
+    for name, network in [
+        ("teacher", pipeline.base),
+        ("fake", method.critic.fake.network),
+        ("student", method.student.network),
+    ]:
+        network.register_forward_pre_hook(lambda module, args, name=name: told.update({name: args[3]}))
+    method.student_loss(batch)
+    assert torch.equal(told["teacher"], told["fake"]) and told["fake"].std() > 0.5 and (told["student"] == 3.5).all()
+    told.clear()
+    method.fake_loss(batch)
+    assert told["fake"].std() > 0.5 and told["fake"].max() <= 4 and "teacher" not in told
 
 
 @pytest.mark.slow

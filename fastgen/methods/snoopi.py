@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.methods.swiftbrush import SwiftBrush
-from fastgen.pipelines.base import Pipeline
 
 
 @dataclass
@@ -20,6 +19,7 @@ class Snoopi(SwiftBrush):
     collapsing: 0.5 to 4 for the Stable Diffusions, 0.5 to 3 for PixArt-alpha. Its negative prompts (NASA) take no
     training: `fastgen sample --negative-prompt`, `fastgen.pipelines.negative`.
 
+    A network that embeds its guidance is told the drawn scale, teacher and fake score alike, and the student its usual one.
     Differences from the paper: those of SwiftBrush; the additions of SwiftBrush v2 that it starts from (a CLIP reward,
     merging of two students) are not part of it.
     """
@@ -40,14 +40,6 @@ class Snoopi(SwiftBrush):
             )
         if self.guidance_low >= self.guidance_high:
             raise UserError(f"guidance_low = {self.guidance_low:g} must be below guidance_high = {self.guidance_high:g}")
-
-    def setup(self, pipeline: Pipeline) -> None:
-        if pipeline.embeds_guidance:
-            raise UserError(
-                f"guidance from {self.guidance_low:g} to {self.guidance_high:g} is for teachers that are guided by two "
-                "predictions; this pipeline's network embeds its guidance: use swiftbrush or dmd2"
-            )
-        super().setup(pipeline)
 
     def scales(self, count: int) -> Tensor | None:
         return self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(count, device=self.device)
