@@ -19,13 +19,13 @@ class SwiftBrush(ScoreDistillation):
     """SwiftBrush, image-free one-step distillation by variational score distillation (Nguyen and Tran 2024).
 
     The student follows sigma_t^2 (E_T - E_F), the difference of the noise that teacher and fake score see in its noised
-    samples, both guided alike. The fake score, which has to know the unconditional case for that, learns with
-    a tenth of its prompts dropped.
+    samples, both guided alike. The fake score, which has to know the unconditional case for that, learns with a tenth of
+    its prompts dropped.
 
-    Their guidance is 4.5 on SD 2.1. The authors train the whole student at a rate of 1e-6 and a LoRA of rank 64 as fake score at 1e-3: `fake_lr_scale = 1000`
-    goes with `roles.fake_score = "lora"` and `roles.student = "full"` alone. Differences from their code: each player makes
-    samples of its own, the fake score first; prompts are dropped one by one; the loss of the fake score, weighted with
-    alpha_t^2 as theirs, is in the network's own kind of prediction.
+    Their guidance is 4.5 on SD 2.1. They train the whole student at a rate of 1e-6 and a LoRA of rank 64 as fake score at
+    1e-3: `fake_lr_scale = 1000` goes with `roles.fake_score = "lora"` and `roles.student = "full"` alone. Differences from
+    their code: each player makes samples of its own, the fake score first; prompts are dropped one by one; the loss of the
+    fake score, weighted with alpha_t^2 as theirs, is in the network's own kind of prediction.
     """
 
     steps: int = field(default=1, metadata={"help": "network calls a sample, evenly spaced in time"})
