@@ -208,5 +208,5 @@ def test_a_mixture_is_learnt_in_one_step(teacher: bool) -> None:
     ends = FewStep(even_times(64)).sample(mixture, noise, condition)
     blur = wasserstein(FewStep((1.0,)).sample(mixture, noise, condition), ends)
     found = wasserstein(one, ends), wasserstein(two, ends)
-    print("found", teacher, found, blur)
-    assert max(found) < 0.2 and blur > 0.4
+    # Measured in one step and in two: 0.096 and 0.102; without a teacher 0.111 and 0.103; from 0.88.
+    assert max(found) < 0.16 and blur > 0.4
