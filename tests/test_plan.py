@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgen import config as configuration
 from fastgen.cli import main
@@ -15,9 +19,12 @@ from fastgen.cli.plan import parse_size, size
 from fastgen.config import RunConfig
 from fastgen.data.encoding import free_text_encoders
 from fastgen.errors import UserError
+from fastgen.pipelines.quantization import linear_layers
+from fastgen.plan import advice
 from fastgen.plan.advice import advise
 from fastgen.plan.estimate import Blank, Plan, estimate
-from fastgen.plan.ledger import Hollow, Ledger
+from fastgen.plan.folding import fold
+from fastgen.plan.ledger import Hollow, Ledger, empty
 from fastgen.training.loop import Trainer
 from fastgen.training.run import open_pipeline
 from tests import tiny_models as tiny
@@ -49,6 +56,10 @@ def written(folder: Path, method: str, role: str = "full", **train: object) -> P
 
 def run_of(folder: Path, method: str, role: str = "full", **train: object) -> RunConfig:
     return configuration.load(written(folder, method, role, **train))
+
+
+def changed(folder: Path, method: str, role: str, override: str) -> RunConfig:
+    return configuration.load(written(folder, method, role), [override])
 
 
 def measured(config: RunConfig) -> list[int]:
@@ -120,8 +131,62 @@ def test_no_weights_are_needed(folder: Path, tmp_path: Path) -> None:
     assert estimate(config).peak == estimate(run_of(folder, "lcm")).peak
 
 
+def test_a_base_in_reduced_form_and_offloaded_parts(folder: Path) -> None:
+    whole, reduced = estimate(run_of(folder, "lcm", "lora")), estimate(changed(folder, "lcm", "lora", 'quantize="nf4"'))
+    layers = [layer for _, layer in linear_layers(tiny.toy().unet)]
+    packed = sum(math.ceil(layer.weight.numel() / 64) * (64 // 2 + 4) + 256 * 4 for layer in layers)
+    dropped = sum(layer.weight.numel() for layer in layers) * 4 - packed
+    rows = [row(plan, "teacher (unet)") for plan in (whole, reduced)]
+    assert rows[0]["parameters"] == rows[1]["parameters"] and rows[0]["weights"] - rows[1]["weights"] == dropped
+    assert whole.held - reduced.held == dropped and whole.peak - reduced.peak == pytest.approx(dropped, rel=0.2)
+    here, there = (estimate(changed(folder, "lcm", "lora", 'offload="encoders"'), device=name) for name in ("cpu", "cuda"))
+    assert (here.held, here.peak) == (estimate(run_of(folder, "lcm", "lora"), device="cpu").held, here.peak)
+    assert whole.held - there.held == row(whole, "vae")["weights"] > 0 == row(there, "vae, in the CPU's memory")["weights"]
+    encoder = row(whole, "text_encoder, freed before training")["weights"]
+    assert whole.preparing - there.preparing > 0.5 * encoder
+
+
+def test_only_the_ends_of_blocks_alike_are_computed() -> None:
+    class Block(nn.Module):
+        calls: ClassVar[list[int]] = []
+
+        def __init__(self, number: int):
+            super().__init__()
+            self.number, self.linear = number, nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, again: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self.calls.append(self.number)
+            x = self.linear(x).sin()
+            return x, again
+
+    def used(folded: bool, grown: bool) -> tuple[list[int], int, int]:
+        ledger = Ledger(Hollow())
+        with ledger:
+            network = nn.ModuleList(Block(i) for i in range(6))
+        assert ledger.hollow is not None
+        empty(network, ledger.hollow)
+        if folded:
+            fold(nn.Sequential(network), ledger)
+        Block.calls.clear()
+        with ledger:
+            x, again = torch.randn(128, 64, requires_grad=True), torch.ones(128, 64)
+            start = ledger.restart()
+            for block in copy.deepcopy(network):
+                x, again = checkpoint(block, x, again, use_reentrant=False) if grown else block(x, again)
+            saved = ledger.live - start
+            x.sum().backward()
+        return list(Block.calls), saved, ledger.peak - start
+
+    for grown in (False, True):
+        whole, folded = used(False, grown), used(True, grown)
+        assert len(whole[0]) > 1.5 * len(folded[0]) and {0, 5} <= set(folded[0]) and 3 not in folded[0]
+        assert folded[1:] == pytest.approx(whole[1:], rel=0.05)
+
+
 @pytest.mark.slow
-def test_advice_is_checked_by_planning_again(folder: Path) -> None:
+def test_advice_is_checked_by_planning_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[RunConfig] = []
+    monkeypatch.setattr(advice, "estimate", lambda config, **kw: planned.append(config) or estimate(config, **kw))
     config = run_of(folder, "lcm", batch=2)
     plan = estimate(config)
     fitting = advise(config, plan, plan.peak)
@@ -129,8 +194,21 @@ def test_advice_is_checked_by_planning_again(folder: Path) -> None:
     some = advise(config, plan, int(0.95 * plan.peak))
     assert some.fits and some.changes
     assert estimate(configuration.load(written(folder, "lcm", batch=2), some.changes)).peak == some.peak <= 0.95 * plan.peak
+    assert len(planned) == 1
     nothing = advise(config, plan, 1000)
+    assert len(planned) == 2
     assert not nothing.fits and nothing.peak < plan.peak and "the least found" in nothing.in_words()
+
+
+@pytest.mark.slow
+def test_changes_are_scaled_to_about_what_they_give(folder: Path) -> None:
+    config = run_of(folder, "dmd2")
+    plan, seen = estimate(config), 0
+    for override, change in advice.candidates(config):
+        if override.startswith(("train.micro_batches=4", "train.gradient", 'roles.student="lora"')):
+            assert advice.scaled(plan, config, change(config)) == pytest.approx(estimate(change(config)).peak, rel=0.3)
+            seen += 1
+    assert seen == 3
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ which calls with gradients fail - the teacher's call, then the student's. peft t
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -127,12 +128,11 @@ def unpack(packed: Tensor, scales: Tensor, levels: Tensor, format: Format, dtype
 def kernels(format: str) -> Any:
     """bitsandbytes' functions. Raises UserError where it is not installed."""
     try:
-        import bitsandbytes.functional as functional
+        return importlib.import_module("bitsandbytes.functional")
     except ImportError as problem:
         raise UserError(
             f"quantize = \"{format}\" needs bitsandbytes, which is not installed; pip install 'fastgen-diffusion[quantized]'"
         ) from problem
-    return functional
 
 
 def check_formats(format: str) -> None:

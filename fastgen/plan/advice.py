@@ -1,4 +1,4 @@
-"""What to change so that a run fits, every change tried by planning the run again."""
+"""What to change so that a run fits. Changes are chosen by scaling the plan there is, and what they come to is planned anew."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgen.config import RunConfig
-from fastgen.plan.estimate import Plan, estimate
+from fastgen.errors import UserError
+from fastgen.plan.estimate import Plan, Turn, estimate
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "advise", "scaled"]
 
 LEAST_RANK = 8
 WORTH = 0.99
 """A change is kept where it leaves at most this part of the peak."""
+HALVED = 0.55
+"""Part of float32's activations that is left in bf16; norms and losses stay in float32."""
+BYTES = {"int8": 1 + 4 / 128, "nf4": 0.5 + 4 / 64}
+"""A weight's, with its share of the scales."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,29 @@ class Advice:
 
 
 def advise(config: RunConfig, plan: Plan, memory: int, *, offline: bool = False, device: str = "cuda") -> Advice:
-    """The changes that bring the run of `plan` under `memory` bytes, those that cost nothing in quality first."""
-    peak, changes = plan.peak, list[str]()
+    """The changes that bring the run of `plan` under `memory` bytes, those that cost nothing in quality first.
+
+    The run is planned anew once the changes seem to be enough or there are no more of them; where they are not enough after
+    all, the search goes on from that plan.
+    """
+    known, base, peak, changes = plan, config, plan.peak, list[str]()
     for override, changed in candidates(config):
         if peak <= memory:
             break
-        attempt = changed(copy.deepcopy(config))
-        tried = estimate(attempt, offline=offline, device=device).peak
-        if tried < WORTH * peak:
-            config, peak = attempt, tried
-            changes = [each for each in changes if each.partition("=")[0] != override.partition("=")[0]] + [override]
+        try:
+            attempt = changed(copy.deepcopy(config))
+        except UserError:  # What this change asks for was not worth changing.
+            continue
+        expected = scaled(known, base, attempt)
+        if expected >= WORTH * peak:
+            continue
+        config, peak = attempt, expected
+        changes = [each for each in changes if each.partition("=")[0] != override.partition("=")[0]] + [override]
+        if peak <= memory:
+            known, base = estimate(config, offline=offline, device=device), config
+            peak = known.peak
+    if base is not config:
+        peak = estimate(config, offline=offline, device=device).peak
     return Advice(memory, tuple(changes), peak, peak <= memory)
 
 
@@ -57,17 +75,23 @@ Change = Callable[[RunConfig], RunConfig]
 
 
 def candidates(config: RunConfig) -> Iterator[tuple[str, Change]]:
-    """Changes that are not made yet, as an override and what it does to a config."""
+    """Changes that are not made yet, as an override and what it does to a config. It may raise UserError."""
     train = config.train
     if not train.gradient_checkpointing:
         yield "train.gradient_checkpointing=true", lambda c: replace(c, train=replace(c.train, gradient_checkpointing=True))
     for parts in range(2 * train.micro_batches, train.batch + 1):
         if train.batch % parts == 0 and (parts & (parts - 1) == 0 or parts == train.batch):
             yield f"train.micro_batches={parts}", with_parts(parts)
+    if config.offload == "none":
+        yield 'offload="encoders"', lambda c: replace(c, offload="encoders")
     if train.precision != "bf16":
         yield 'train.precision="bf16"', lambda c: replace(c, train=replace(c.train, precision="bf16"))
     for role in [role for role, how in config.roles.items() if how == "full"]:
         yield f'roles.{role}="lora"', with_adapter(role)
+    if config.quantize == "none":
+        yield 'quantize="int8"', lambda c: replace(c, quantize="int8")
+    if config.quantize != "nf4":
+        yield 'quantize="nf4"', lambda c: replace(c, quantize="nf4")
     rank = config.lora.rank // 2
     while rank >= LEAST_RANK:
         yield f"lora.rank={rank}", with_rank(rank)
@@ -84,3 +108,64 @@ def with_adapter(role: str) -> Change:
 
 def with_rank(rank: int) -> Change:
     return lambda config: replace(config, lora=replace(config.lora, rank=rank))
+
+
+# -- scaling --------------------------------------------------------------------------------------
+
+
+def scaled(plan: Plan, was: RunConfig, now: RunConfig) -> int:
+    """About what the peak of the run `was`, which `plan` is of, becomes in the run `now`, from the plan's parts alone."""
+    held = plan.held + base_weights(plan, now) - base_weights(plan, was)
+    grown = {row.name: grown_role(plan, row.name, was, now) for row in plan.rows if row.optimizer}
+    held += sum(after.kept - row.kept for row in plan.rows if (after := grown.get(row.name)) is not None)
+    stowed = was.offload == "none" != now.offload
+    frozen = [row for row in plan.rows if not row.optimizer and not row.name.startswith("teacher")]
+    encoders = sum(row.weights for row in frozen if "freed" in row.name) * (1 - width(now) / width(was))
+    if stowed:
+        held -= sum(row.weights for row in frozen if "freed" not in row.name)
+        encoders = sum(row.weights for row in frozen if "freed" in row.name)
+    fewer = (was.train.micro_batches * now.train.batch) / (now.train.micro_batches * was.train.batch)
+    shrunk = fewer * (HALVED if now.train.precision != was.train.precision else 1)
+    peaks = [held + moved(turn, plan, grown, was, now, shrunk) for turn in plan.turns]
+    preparing = plan.preparing + held - plan.held - encoders
+    return round(max(*peaks, preparing, held + (plan.samples - plan.held) * shrunk))
+
+
+def moved(turn: Turn, plan: Plan, grown: dict[str, Any], was: RunConfig, now: RunConfig, shrunk: float) -> float:
+    """What one player's move adds to what is held."""
+    before = {row.name: row for row in plan.rows}
+    mine = [name for name in grown if name == turn.player] or list(grown)
+    gradients = turn.gradients + sum(grown[name].gradients - before[name].gradients for name in mine if name == turn.player)
+    rest = max(0, turn.peak - plan.held - turn.gradients - turn.saved)
+    again = now.train.gradient_checkpointing and not was.train.gradient_checkpointing
+    saved = turn.saved - turn.spare + turn.block if again else turn.saved
+    # Autocast keeps a bf16 copy of every trained weight that it meets.
+    copies = sum(grown[name].weights / 2 for name in mine) if now.train.precision != was.train.precision else 0
+    return float(gradients + (saved + rest) * shrunk + copies)
+
+
+def grown_role(plan: Plan, name: str, was: RunConfig, now: RunConfig) -> Any:
+    """The row of what is trained, after it has become an adapter or its rank has changed."""
+    row = next(each for each in plan.rows if each.name == name)
+    if ":" in name or now.role(name) != "lora":
+        return row
+    rank = now.lora.ranks.get(name, now.lora.rank)
+    if was.role(name) == "lora":
+        part = rank / was.lora.ranks.get(name, was.lora.rank)
+    else:
+        part = plan.per_rank * rank / max(1, row.weights)
+    sizes = ("weights", "gradients", "optimizer", "ema")
+    return replace(row, **{size: round(getattr(row, size) * part) for size in sizes})
+
+
+def base_weights(plan: Plan, config: RunConfig) -> float:
+    """Bytes of the frozen base of the run `config`."""
+    count = sum(row.parameters for row in plan.rows if row.name.startswith("teacher"))
+    packed = 0.0 if config.quantize == "none" else plan.reducible * (width(config) - BYTES[config.quantize])
+    return count * width(config) - packed
+
+
+def width(config: RunConfig) -> int:
+    """Bytes of a frozen weight: bf16 where nothing but adapters is trained in bf16 (see `open_pipeline`)."""
+    lora = all(config.role(role) == "lora" for role in ("student", "fake_score"))
+    return 2 if lora and config.train.precision == "bf16" else 4

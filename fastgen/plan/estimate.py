@@ -22,10 +22,13 @@ from fastgen.data.encoding import free_text_encoders
 from fastgen.denoiser import Condition, Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Batch, Loss, Method
-from fastgen.pipelines.base import Pipeline
+from fastgen.pipelines.base import Pipeline, network_name
 from fastgen.pipelines.loading import built_by
-from fastgen.plan.hollow import build, guess
-from fastgen.plan.ledger import Hollow, Ledger, converting, empty
+from fastgen.pipelines.offloading import offloaded_components
+from fastgen.pipelines.quantization import QuantizedLinear, linear_layers
+from fastgen.plan.folding import Unfoldable, fold
+from fastgen.plan.hollow import build, guess, stow
+from fastgen.plan.ledger import Hollow, Ledger, converting, empty, tensors_in
 from fastgen.samplers import FewStep
 from fastgen.training.grids import Grids
 from fastgen.training.loop import Trainer
@@ -56,11 +59,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Turn:
-    """One player's move, in bytes: saved for its backward pass by one micro-batch, and the greatest sum of all live tensors."""
+    """One player's move, in bytes: saved for its backward pass by one micro-batch, and the greatest sum of all live tensors.
+
+    `gradients` are those of all its weights. Of what is saved, gradient checkpointing would let go of `spare` and need `block`.
+    """
 
     player: str
     saved: int
     peak: int
+    gradients: int
+    spare: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class Plan:
     """The memory of a run, in bytes. `preparing` is the peak before training begins, `held` lives from then on, and `samples`
     is the peak while sample grids are drawn.
 
-    `block` is the largest part of a trained network that sharding gathers at once.
+    `block` is the largest part of a trained network that sharding gathers at once. `per_rank` are the bytes of an adapter of
+    rank 1, `reducible` counts the weights of the base that `quantize` reduces.
     """
 
     pipeline: str
@@ -84,6 +94,8 @@ class Plan:
     held: int
     samples: int
     block: int
+    per_rank: int
+    reducible: int
     shardable: int = field(repr=False)
 
     @property
@@ -110,6 +122,14 @@ def estimate(config: RunConfig, *, offline: bool = False, device: str = "cuda") 
 
     Raises UserError where the run could not begin either, and for a network whose shapes depend on values.
     """
+    try:
+        return planned(config, offline, device, folded=True)
+    except Unfoldable:
+        return planned(config, offline, device, folded=False)
+
+
+def planned(config: RunConfig, offline: bool, device: str, *, folded: bool) -> Plan:
+    """`estimate`, with blocks alike `folded` or each of them computed. Raises Unfoldable where they have to be."""
     # What is merged into the teacher weighs nothing.
     config = replace(copy.deepcopy(config), teacher_weights="", teacher_loras=[])
     ledger = Ledger(Hollow())
@@ -117,6 +137,8 @@ def estimate(config: RunConfig, *, offline: bool = False, device: str = "cuda") 
 
     def builder(folder: Path, dtype: torch.dtype) -> Any:
         loaded = build(folder, dtype, ledger)
+        if folded:
+            fold(getattr(loaded, network_name(loaded)), ledger)
         undo.append(guess(loaded))
         return loaded
 
@@ -125,11 +147,24 @@ def estimate(config: RunConfig, *, offline: bool = False, device: str = "cuda") 
             pipeline = open_pipeline(config, offline=offline)
         for restore in undo:
             restore()
+        place(pipeline, config, ledger, device)
         with ledger, converting():
             return observe(config, pipeline, ledger, device)
     except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"{config.pipeline} cannot be planned, since its shapes depend on values: {reason}") from problem
+
+
+def place(pipeline: Pipeline, config: RunConfig, ledger: Ledger, device: str) -> None:
+    """Count what the pipeline's loading left: layers in reduced form, and offloaded components not at all."""
+    for buffer in pipeline.network.buffers():
+        ledger.enter(buffer)
+    if device == "cpu":
+        return
+    if config.offload != "none":
+        for component in offloaded_components(pipeline.diffusers, pipeline.network).values():
+            stow(component, ledger)
+    ledger.restart()  # Loading goes through the CPU's memory.
 
 
 def observe(config: RunConfig, pipeline: Pipeline, ledger: Ledger, device: str) -> Plan:
@@ -144,12 +179,14 @@ def observe(config: RunConfig, pipeline: Pipeline, ledger: Ledger, device: str) 
     size = 16 if device == "cpu" else train.batch // train.micro_batches
     trainer = Trainer(method, data, train, device="cpu")  # type: ignore[arg-type]
     grids = Grids(pipeline, Path(), prompts, at_once=size, autocast=trainer.accelerator.autocast)
-    preparing, rows = ledger.peak, tuple(table(pipeline, method, trainer, roles.made))
+    stowed = config.offload if device != "cpu" else "none"
+    preparing, rows = ledger.peak, tuple(table(pipeline, method, trainer, roles.made, stowed))
     free_text_encoders(pipeline)
     start_optimizers(trainer, ledger)
     method.advance(0, train.steps)
     held = ledger.restart()
-    turns = tuple(watched(trainer, i, ledger) for i in range(len(trainer.turns)))
+    units = checkpointed_units([pipeline.network, *(role.network for _, role in roles.made)])
+    turns = tuple(watched(trainer, i, ledger, units) for i in range(len(trainer.turns)))
     trained = [module for _, module in roles.made if not is_adapter(module)]
     return Plan(
         pipeline=config.pipeline,
@@ -165,6 +202,8 @@ def observe(config: RunConfig, pipeline: Pipeline, ledger: Ledger, device: str) 
         held=held,
         samples=drawn(grids, config, pipeline, trainer, ledger),
         block=max((largest_block(module) for module in trained), default=0),
+        per_rank=4 * sum(adapter_sizes(pipeline)),
+        reducible=sum(layer.in_features * layer.out_features for layer in reducible(pipeline.network)),
         shardable=sum(row.kept for row in rows if row.name in {name for name, _ in roles.made}),
     )
 
@@ -213,16 +252,18 @@ def start_optimizers(trainer: Trainer, ledger: Ledger) -> None:
     trainer.thaw(None)
 
 
-def watched(trainer: Trainer, number: int, ledger: Ledger) -> Turn:
-    """One player's move."""
+def watched(trainer: Trainer, number: int, ledger: Ledger, units: Iterable[nn.Module]) -> Turn:
+    """One player's move; `units` are what gradient checkpointing computes again."""
     turn = trainer.turns[number]
-    player, saved = turn.player, 0
+    player, saved, spare, block = turn.player, 0, 0, 0
     loss, held = player.loss, ledger.restart()
 
     def noted(batch: Batch) -> Loss:
-        nonlocal saved
-        terms = loss(batch)
+        nonlocal saved, spare, block
+        with Savings(units, ledger) as savings:
+            terms = loss(batch)
         saved = max(saved, ledger.live - held)
+        spare, block = max(spare, savings.spare), max(block, savings.block)
         return terms
 
     player.loss = noted
@@ -232,7 +273,44 @@ def watched(trainer: Trainer, number: int, ledger: Ledger) -> Turn:
         player.loss = loss
     if trainer.ema is not None:
         trainer.ema.update()
-    return Turn(player.name, saved, ledger.peak)
+    return Turn(player.name, saved, ledger.peak, size_of(turn.weights), spare, block)
+
+
+class Savings:
+    """What calls of `units` leave live beyond their answers: `spare` in all, `block` at most by one."""
+
+    def __init__(self, units: Iterable[nn.Module], ledger: Ledger):
+        self.units, self.ledger = units, ledger
+        self.spare = self.block = 0
+        self.before: list[int] = []
+
+    def __enter__(self) -> Savings:
+        self.hooks = [unit.register_forward_pre_hook(self.begins) for unit in self.units]
+        self.hooks += [unit.register_forward_hook(self.ends) for unit in self.units]
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def begins(self, unit: nn.Module, args: Any) -> None:
+        self.before.append(self.ledger.live)
+
+    def ends(self, unit: nn.Module, args: Any, answer: Any) -> None:
+        left = self.ledger.live - self.before.pop()
+        self.spare += max(0, left - size_of(tensors_in(answer)))
+        self.block = max(self.block, left)
+
+
+def checkpointed_units(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The blocks that diffusers computes again in the backward pass: members of lists whose owner knows checkpointing."""
+    found: dict[int, nn.Module] = {}
+    for network in networks:
+        for owner in network.modules():
+            if hasattr(owner, "gradient_checkpointing"):
+                lists = (part for part in owner.children() if isinstance(part, nn.ModuleList))
+                found |= {id(each): each for part in lists for each in part if not hasattr(each, "gradient_checkpointing")}
+    return list(found.values())
 
 
 def drawn(grids: Grids, config: RunConfig, pipeline: Pipeline, trainer: Trainer, ledger: Ledger) -> int:
@@ -249,7 +327,9 @@ def drawn(grids: Grids, config: RunConfig, pipeline: Pipeline, trainer: Trainer,
 # -- the table ------------------------------------------------------------------------------------
 
 
-def table(pipeline: Pipeline, method: Method, trainer: Trainer, roles: list[tuple[str, Denoiser]]) -> Iterable[Row]:
+def table(
+    pipeline: Pipeline, method: Method, trainer: Trainer, roles: list[tuple[str, Denoiser]], offload: str
+) -> Iterable[Row]:
     """A row a role, one for what players learn beside (heads of discriminators), one for each frozen component."""
     moving = {id(weight) for turn in trainer.turns for weight in turn.weights}
     averaged = {id(weight) for weight in trainer.ema.weights.values()} if trainer.ema is not None else set()
@@ -259,11 +339,12 @@ def table(pipeline: Pipeline, method: Method, trainer: Trainer, roles: list[tupl
         weights = list({id(w): w for w in module.parameters() if id(w) not in told}.values())
         told.update(map(id, weights))
         moved = [weight for weight in weights if id(weight) in moving]
+        reduced = [each for each in module.modules() if isinstance(each, QuantizedLinear)]
         return Row(
             name,
-            parameters=sum(weight.numel() for weight in weights),
+            parameters=sum(w.numel() for w in weights) + sum(each.in_features * each.out_features for each in reduced),
             trainable=sum(weight.numel() for weight in moved),
-            weights=size_of(weights),
+            weights=size_of(weights) + sum(size_of(each.buffers()) for each in reduced),
             gradients=size_of(moved),
             optimizer=MOMENTS * size_of(moved),
             ema=sum(w.numel() * max(4, w.element_size()) for w in weights if id(w) in averaged),
@@ -277,8 +358,30 @@ def table(pipeline: Pipeline, method: Method, trainer: Trainer, roles: list[tupl
             yield rest
     for name, component in pipeline.diffusers.components.items():
         if isinstance(component, nn.Module):
-            label = f"teacher ({name})" if component is pipeline.network else name
-            yield row(f"{label}, freed before training" if name.startswith("text_encoder") else label, component)
+            if component is pipeline.network:
+                yield row(f"teacher ({name})", component)
+            elif offload != "none":
+                yield replace(row(f"{name}, in the CPU's memory", component), weights=0)
+            else:
+                yield row(f"{name}, freed before training" if name.startswith("text_encoder") else name, component)
+
+
+def adapter_sizes(pipeline: Pipeline) -> Iterable[int]:
+    """The number of weights of an adapter of rank 1, layer by layer."""
+    targets = pipeline.lora.targets or pipeline.lora_targets
+    for name, layer in pipeline.network.named_modules():
+        if ".lora_" in name or not name.removesuffix(".base_layer").endswith(tuple(f".{target}" for target in targets)):
+            continue
+        if isinstance(layer, nn.Linear):
+            yield layer.in_features + layer.out_features
+        elif isinstance(layer, nn.Conv2d):
+            yield layer.weight[0].numel() + layer.out_channels
+
+
+def reducible(network: nn.Module) -> Iterable[nn.Linear]:
+    """The layers that `quantize` reduces, or has reduced."""
+    done = [layer for layer in network.modules() if isinstance(layer, QuantizedLinear)]
+    return done or [layer for name, layer in linear_layers(network) if ".lora_" not in name]
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

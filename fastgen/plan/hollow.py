@@ -17,7 +17,7 @@ from fastgen.errors import UserError
 from fastgen.pipelines.base import network_name
 from fastgen.plan.ledger import Ledger, empty
 
-__all__ = ["build", "guess"]
+__all__ = ["build", "guess", "stow"]
 
 
 def build(folder: Path, dtype: torch.dtype, ledger: Ledger) -> Any:
@@ -70,6 +70,23 @@ def network(kind: Any, folder: Path, dtype: torch.dtype, ledger: Ledger) -> nn.M
         ledger.enter(weight)
     whole: nn.Module = made.eval()
     return whole
+
+
+def stow(component: nn.Module, ledger: Ledger) -> None:
+    """Count the weights of every layer of `component` only while it runs, as group offload has them on the device."""
+
+    def come(layer: nn.Module, *_: Any) -> None:
+        for weight in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            ledger.enter(weight)
+
+    def go(layer: nn.Module, *_: Any) -> None:
+        for weight in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            ledger.leave(weight)
+
+    for layer in component.modules():
+        go(layer)
+        layer.register_forward_pre_hook(come)
+        layer.register_forward_hook(go)
 
 
 def guess(pipeline: Any) -> Callable[[], None]:

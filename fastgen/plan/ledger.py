@@ -87,9 +87,15 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self.strike, key, size)
 
+    def leave(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` no longer, though it lives: it is elsewhere."""
+        storage = tensor.untyped_storage()
+        self.strike(storage._cdata, storage.nbytes())
+
     def strike(self, key: int, size: int) -> None:
-        self.entered.discard(key)
-        self.live -= size
+        if key in self.entered:
+            self.entered.discard(key)
+            self.live -= size
 
     def restart(self) -> int:
         """Forget the peak so far; what is live now."""
