@@ -53,14 +53,15 @@ def checked(args: argparse.Namespace) -> int:
 
 def families() -> dict[str, Any]:
     from fastgen.pipelines import Pipeline
+    from fastgen.pipelines.base import families as below
 
-    rest = "whatever looks the same from outside: one denoising network, one latent, guidance batched, called twice or embedded"
+    rest = "whatever looks the same from outside: one denoising network, guidance batched, in two calls, embedded or none"
     known = {
         family.__name__: {"summary": (family.__doc__ or "").strip().split("\n")[0], "classes": list(family.handles)}
-        for family in Pipeline.__subclasses__()
+        for family in sorted(below(Pipeline), key=lambda family: family.__name__)
     }
-    tested = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"]
-    return {**known, "Pipeline": {"summary": rest, "classes": [*tested, "..."]}}
+    some = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"]
+    return {**known, "Pipeline": {"summary": rest, "classes": [*some, "QwenImagePipeline", "..."]}}
 
 
 def seen(args: argparse.Namespace) -> dict[str, Any]:
