@@ -23,7 +23,7 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype = torch.float32, dev
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
     try:
-        kind = own_class(folder) or DiffusionPipeline
+        kind = own_class(folder, as_teacher=False) or DiffusionPipeline
         pipeline = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"the diffusers pipeline in {folder} cannot be loaded: {error}") from error

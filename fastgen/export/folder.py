@@ -44,14 +44,15 @@ def export_folder(
     guider = None if scale == 1 else ClassifierFreeGuidance(guidance_scale=scale)
     whole.register_modules(**dict.fromkeys((name for name in GUIDERS if name in whole.components), guider))
     description = describe(pipeline, student, sampler, format, spec=spec, call=call, record=record)
-    if gamma is not None:
-        description["custom_pipeline"] = {"file": FILE, "class": custom_name(pipeline)}
+    custom = gamma is not None or student.end_input is not None
+    if custom:
+        description["custom_pipeline"] = {"file": FILE, "class": custom_name(pipeline, gamma)}
     with new_directory(output) as folder:
         whole.save_pretrained(folder, safe_serialization=True)
         for file in (folder / pipeline.network_name).glob("*.safetensors"):
             _label(file, metadata(description))
-        if gamma is not None:
-            write_pipeline_file(pipeline, gamma, folder)
+        if custom:
+            write_pipeline_file(pipeline, student, sampler, gamma, folder)
         write_description(folder, description)
         write_card(pipeline, description, folder, output)
     return output

@@ -149,8 +149,13 @@ def _advice(description: Mapping[str, Any]) -> str:
     call, sampler, notes = description["call"], description["sampler"], []
     if "custom_pipeline" in description:
         file, gamma = description["custom_pipeline"]["file"], sampler["gamma"]
+        why = (
+            f"No stock scheduler of diffusers samples with gamma {gamma:g}"
+            if gamma
+            else ("No stock pipeline of diffusers tells its network where a step ends")
+        )
         notes.append(
-            f"No stock scheduler of diffusers samples with gamma {gamma:g}, so `{file}` beside this card does it; it needs "
+            f"{why}, so `{file}` beside this card does it; it needs "
             "diffusers alone, and `trust_remote_code=True` lets diffusers run it."
         )
     explicit = next((key for key in ("timesteps", "sigmas") if key in call), None)

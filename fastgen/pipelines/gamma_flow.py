@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 
 from fastgen.errors import UserError
+from fastgen.pipelines import mean_velocity_file
 
 __all__ = ["FILE", "class_name", "own_class", "source"]
 
@@ -68,32 +69,36 @@ def source(stock: str, gamma: float) -> str:
     return TEMPLATE.format(stock=stock, name=class_name(stock), gamma=gamma)
 
 
-def own_class(folder: Path) -> Any:
+def own_class(folder: Path, *, as_teacher: bool = True) -> Any:
     """The class of a pipeline folder whose index names its own `pipeline.py`; None for a folder that names none.
 
     The class loads the folder with `from_pretrained` and no trust in anything that lies there. Raises UserError where the
-    file is not the one that fastgen writes.
+    file is not one that fastgen writes, and, `as_teacher`, where its network has to be told where a step ends.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name, path = index["_class_name"], folder / FILE
     if not (isinstance(name, list) and name[:1] == [path.stem]):
         return None
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    if (told := mean_velocity_file.written(text)) is not None and hasattr(diffusers, told[0]) and name[1:] == [told[1]]:
+        if as_teacher:
+            raise UserError(f"{folder} is distilled already: its network is told where a step ends as well as where it begins")
+        return _made(text, *told)
     found = PARTS.search(text)
     stock, gamma = found.groups() if found else ("", "0")
     if text != source(stock, float(gamma)) or not hasattr(diffusers, stock) or name[1:] != [class_name(stock)]:
         raise UserError(
-            f"{path} is code that comes with the pipeline, not what fastgen writes for gamma sampling, and is not run; "
+            f"{path} is code that comes with the pipeline, not what fastgen writes for samplers of its own, and is not run; "
             "export the run again, or load the folder with diffusers if you trust it"
         )
-    return _made(stock, float(gamma))
+    return _made(source(stock, float(gamma)), stock, class_name(stock))
 
 
 @cache
-def _made(stock: str, gamma: float) -> Any:
+def _made(text: str, stock: str, name: str) -> Any:
     names: dict[str, Any] = {"__name__": __name__}
-    exec(source(stock, gamma), names)  # The text of this module, not of the folder.
-    made = names[class_name(stock)]
+    exec(text, names)  # The text of one of our modules, not of the folder.
+    made = names[name]
     plain = made.load_config
 
     def load_config(*args: Any, **kwargs: Any) -> Any:
