@@ -167,7 +167,7 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.slow
-def test_a_mixture_is_learnt_in_one_step() -> None:
+def test_a_mixture_is_learnt_in_one_step_by_f_distill() -> None:
     """Two labels of a mixture in two dimensions; the student's marginals come near the data's."""
     means = torch.tensor([[-1.0, 0.8], [-1.0, -0.8], [1.0, 0.0]])
     teacher = Mixture([0.3, 0.3, 0.4], means, [0.3, 0.3, 0.3], FLOW)
@@ -180,5 +180,5 @@ def test_a_mixture_is_learnt_in_one_step() -> None:
     with torch.no_grad():
         x = method.sampler().sample(method.trained, torch.randn(4000, 2), condition)
     found = [wasserstein(x[i::2, d], data[i::2, d]) for i in range(2) for d in range(2)]
-    print(found)
-    assert max(found) < 0.2
+    # Measured at most 0.107.
+    assert max(found) < 0.17
