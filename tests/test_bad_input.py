@@ -218,7 +218,9 @@ def test_pictures_that_are_none(tmp_path: Path, wrong: Callable[..., str]) -> No
 # -- code that comes with a pipeline ---------------------------------------------------------------
 
 
-def test_only_our_own_pipeline_file_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_our_own_pipeline_file_is_taken(
+    tmp_path: Path, wrong: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline = Pipeline.wrap(tiny.sd3())
     student = pipeline.trainable("student").eval()
     folder = export(pipeline, student, FewStep((1.0, 0.5), gamma=0.3), tmp_path / "student")
@@ -228,6 +230,7 @@ def test_only_our_own_pipeline_file_is_taken(tmp_path: Path, capsys: pytest.Capt
     common = ["-q", "--device", "cpu", "--offline"]
     assert main(["sample", str(folder), "a red cube", "-o", str(tmp_path / "out"), *common]) == 0
     assert type(load_plainly(folder)).__name__ == "GammaStableDiffusion3Pipeline", "which fastgen eval measures"
+    assert "which can be sampled and measured but not be a teacher" in wrong(f"pipeline={folder}")
     own = (folder / FILE).read_text()
     assert "fastgen" not in own
     sign = tmp_path / "it-ran"

@@ -63,7 +63,7 @@ SINGLE_FILES = (
     "aura-flow",
 )
 WITHOUT_LORA = ("pixart-alpha", "pixart-sigma", "hunyuan-dit", "hunyuan-image")
-FAST = ("sd21", "klein", "z-image", "cogview4")
+FAST = ("sd21", "qwen-image", "z-image", "cogview4")
 PROMPTS = ("a red cube", "two blue rings on a dark floor")
 
 

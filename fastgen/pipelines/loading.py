@@ -85,6 +85,11 @@ def load_pipeline(
             loaded = builder(source or _configurations(path, offline), dtype)
         else:
             kind = own_class(source) if source is not None else None
+            if kind is not None and roles:
+                raise UserError(
+                    f"pipeline {path!r} is a student with gamma sampling of its own, which can be sampled and measured but not "
+                    "be a teacher; name the pipeline that it was distilled from"
+                )
             loaded = (kind or diffusers.DiffusionPipeline).from_pretrained(
                 *(str(source or path),), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
             )
