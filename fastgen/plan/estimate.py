@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from fastgen.config import RunConfig
 from fastgen.data.encoding import free_text_encoders
 from fastgen.denoiser import Condition, Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Batch, Loss, Method
-from fastgen.pipelines.base import Pipeline, network_name
+from fastgen.pipelines.base import Pipeline, feature_layers, network_name
 from fastgen.pipelines.loading import built_by
 from fastgen.pipelines.offloading import offloaded_components
 from fastgen.pipelines.quantization import QuantizedLinear, linear_layers
@@ -124,7 +125,7 @@ def estimate(config: RunConfig, *, offline: bool = False, device: str = "cuda") 
     """
     try:
         return planned(config, offline, device, folded=True)
-    except Unfoldable:
+    except (Unfoldable, CheckpointError):  # A method that now and then looks into blocks that are computed again.
         return planned(config, offline, device, folded=False)
 
 
@@ -138,7 +139,8 @@ def planned(config: RunConfig, offline: bool, device: str, *, folded: bool) -> P
     def builder(folder: Path, dtype: torch.dtype) -> Any:
         loaded = build(folder, dtype, ledger)
         if folded:
-            fold(getattr(loaded, network_name(loaded)), ledger)
+            network = getattr(loaded, network_name(loaded))
+            fold(network, ledger, feature_layers(network))
         undo.append(guess(loaded))
         return loaded
 

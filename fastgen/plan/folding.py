@@ -28,17 +28,19 @@ class Unfoldable(Exception):
     """A derivative of a gradient was asked for; blocks that are not computed have none."""
 
 
-def fold(network: nn.Module, ledger: Ledger) -> None:
+def fold(network: nn.Module, ledger: Ledger, watched: Iterable[str] = ()) -> None:
     """Let only the first and the last of three or more blocks alike be computed, in each of a network's lists, in place.
 
-    Copies of the network do the same.
+    Those that hold the layers `watched`, by name, are computed too. Copies of the network do the same.
     """
+    names = {id(part): f"{name}." for name, part in network.named_modules()}
     for part in network.modules():
         if isinstance(part, nn.ModuleList):
             for row in alike(part):
                 known = Known(ledger)
                 for i, block in enumerate(row):
-                    block.__dict__.update(known=known, between=0 < i < len(row) - 1, computed=set())
+                    seen = any(f"{layer}.".startswith(names[id(block)]) for layer in watched)
+                    block.__dict__.update(known=known, between=0 < i < len(row) - 1 and not seen, computed=set())
                     kind: Any = type(block)
                     block.__class__ = folding(kind)
 
@@ -101,11 +103,11 @@ class Known:
         return self
 
     def call(self, block: Any, whole: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_watched(block):
-            return whole(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         key = situation(block, given)
         answer = self.answers.get(key)
+        if watched := is_watched(block):
+            block.computed.add(key)
         # A block that was computed is computed when checkpointing calls it again.
         if block.between and answer is not None and key not in block.computed:
             inputs = [each for each in given if each.requires_grad]
@@ -117,7 +119,7 @@ class Known:
         block.computed.add(key)
         before = self.ledger.live
         result = whole(*args, **kwargs)
-        if key not in self.answers:
+        if key not in self.answers and not watched:
             self.answers[key] = self.noted(result, given, before)
         return result
 
