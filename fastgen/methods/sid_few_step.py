@@ -25,7 +25,8 @@ class SiDFewStep(ScoreIdentity):
     """Few-step score identity distillation (Zhou et al. 2025b), of flow models too (SiD-DiT, Zhou et al. 2025c).
 
     The student runs as in sampling up to a random call, and SiD's loss is taken of that call's clean estimate: the mixture of
-    all steps is matched to the teacher, with one fake score. Between calls noise is fresh, the first noise again, or the
+    all steps is matched to the teacher, with one fake score. (It sees no more than the mixture: in small experiments single
+    steps stay some way off in opposite directions.) Between calls noise is fresh, the first noise again, or the
     student's own estimate of it (DDIM). Guidance is long and short (one scale for teacher and fake score); or, for a student
     that also learns from images, off: Zero-CFG has an unconditional fake score, Anti-CFG one that is guided away from the
     prompt when it judges. The GAN term reads its logits from the fake score's own features, with no weights of its own: a
