@@ -185,13 +185,17 @@ def train(
     after_turn: Callable[[Player, dict[str, Tensor]], None] = lambda player, terms: None,
 ) -> None:
     """Players in turn, gradients reaching the mover alone; `after_turn` sees them. Rates fall to 0 in a stage."""
-    players = list(method.players())
-    weights = {player.name: [w for w in player.weights.parameters() if w.requires_grad] for player in players}
+    players: list[Player] = []
+    weights: dict[str, list[nn.Parameter]] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     start, length = 0, updates
     stages = len(getattr(method, "stages", [0]))
     for step in range(updates):
         if method.advance(step, updates) or not optimizers:
+            for weight in (weight for some in weights.values() for weight in some):
+                weight.requires_grad_(True)
+            players = list(method.players())
+            weights = {player.name: [w for w in player.weights.parameters() if w.requires_grad] for player in players}
             optimizers = {p.name: torch.optim.Adam(weights[p.name], lr * p.lr_scale, betas) for p in players}
             start, length = step, updates // stages
         for player in players:
