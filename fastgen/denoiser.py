@@ -150,8 +150,11 @@ class EndInput(nn.Module):
     Waves of t - s through two layers, of which the second is zero at first, so that the network goes on as it did.
     """
 
-    def __init__(self, place: str, width: int, waves: int = 32, fastest: float = 100.0):
-        """`place` names the submodule that embeds the time, into `width` numbers; `fastest` is the quickest wave's rate."""
+    def __init__(self, place: str, width: int, waves: int = 16, fastest: float = 16.0):
+        """`place` names the submodule that embeds the time, into `width` numbers; `fastest` is the quickest wave's rate.
+
+        A quick wave has a steep derivative, which is noise in what a mean velocity learns from.
+        """
         super().__init__()
         self.place = place
         rates = torch.exp(torch.linspace(0.0, math.log(fastest), waves))

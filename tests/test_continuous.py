@@ -109,7 +109,7 @@ def test_the_loss_by_hand(training: bool) -> None:
     answer, student = raw(method.student.network, x, angle, mask), method.student.network
     both = angle.cos() * angle.sin()
     turn = torch.func.jvp(lambda x, angle: raw(student, x, angle, mask), (x, angle), (both * speed, both))[1].detach()
-    g = -(angle.cos() ** 2) * (answer.detach() - speed) - 0.4 * (both * x + turn)
+    g = -(angle.cos() ** 2) * (answer.detach() - speed) - 0.5 * (both * x + turn)
     g = g / (g.norm(dim=1, keepdim=True) / 3**0.5 + 0.1)
     expected = ((answer - answer.detach() - g) ** 2 / (0.5 * angle.tan())).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
@@ -205,25 +205,6 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
         ready(FakePipeline(TABLE, (3,)), **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("process", "kind"), [("flow", "flow"), ("vp", "v")])
-def test_a_mixture_is_learnt(process: str, kind: Kind) -> None:
-    """Three modes in one dimension, in one call, with all that the method has."""
-    p = PROCESSES[process]
-    teacher = Mixture([0.4, 0.35, 0.25], torch.tensor([[-1.2], [0.2], [1.3]]), [0.2, 0.15, 0.25], p)
-    pipeline = FakePipeline(p, (1,), kind, teacher=teacher, labels=3, width=64)
-    learn_teacher(pipeline, 700)
-    method = ready(pipeline, guidance=1.0, warmup=200)
-    train(method, batches(pipeline, 128, ("0 1 2",)), 1200, 3e-3)
-    condition, noise = pipeline.encode_prompts([""] * 4000), torch.randn(4000, 1)
-    with torch.no_grad():
-        one = method.sampler(1).sample(method.trained, noise, condition)
-    ends = FewStep(even_times(64)).sample(teacher, noise, condition)
-    blur = wasserstein(FewStep((1.0,)).sample(teacher, noise, condition), ends)
-    print("MEASURED", process, wasserstein(one, ends), blur)
-    assert wasserstein(one, ends) < 0.3 and blur > 0.7  # measured HERE from 0.87 and 0.82
-
-
 def test_rcm_by_hand() -> None:
     """The two gradients of the student, and the fake score's, against the authors' arithmetic (at our scale of the losses)."""
     pipeline = FakePipeline(PROCESSES["flow"], (3,), "flow")
@@ -283,9 +264,9 @@ def test_rcm_by_hand() -> None:
         torch.testing.assert_close(score, (error**2 / angle.sin()[:, None] ** 2).mean(), rtol=1e-3, atol=1e-4)
     assert lengths == {1, 2, 3}
     method.advance(20, 100)
-    assert method.share == 0.4, "the warm-up counts the student's updates, one in five"
+    assert method.share == 0.5, "the warm-up counts the student's updates, one in five"
     cos, sin = torch.tensor(0.6), torch.tensor(0.8)
-    assert float(method.pull(cos, sin)) == pytest.approx(0.6 * (1 - 0.16 * 0.64) ** 0.5)
+    assert float(method.pull(cos, sin)) == pytest.approx(0.6 * (1 - 0.25 * 0.64) ** 0.5)
     total = method.loss(batch)
     assert set(total) == {"consistency", "dmd"} and total["dmd"].requires_grad
 
@@ -353,35 +334,54 @@ def test_sprint_by_hand(mismatched: bool) -> None:
     assert names == ["critic", "student"] and all(p.weights is not pipeline.base for p in method.players())
 
 
+def modes(process: str, kind: Kind) -> FakePipeline:
+    """A teacher of three modes in one dimension, which a network has learnt; all prompts mean all of them."""
+    p = PROCESSES[process]
+    teacher = Mixture([0.4, 0.35, 0.25], torch.tensor([[-1.2], [0.2], [1.3]]), [0.2, 0.15, 0.25], p)
+    pipeline = FakePipeline(p, (1,), kind, teacher=teacher, labels=3, width=64)
+    everything = pipeline.encode_prompts
+    pipeline.encode_prompts = lambda prompts: everything([""] * len(prompts))  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    learn_teacher(pipeline, 600)
+    return pipeline
+
+
+def distances(method: Any, pipeline: FakePipeline, *steps: int) -> list[float]:
+    """W1 from the ends of the teacher's ODE to the student's samples in so many calls; last, to the teacher's in one."""
+    condition, noise = pipeline.encode_prompts([""] * 4000), torch.randn(4000, 1)
+    ends = FewStep(even_times(64)).sample(pipeline.teacher, noise, condition)  # type: ignore[arg-type]
+    with torch.no_grad():
+        found = [wasserstein(method.sampler(n).sample(method.trained, noise, condition), ends) for n in steps]
+    blur = wasserstein(FewStep((1.0,)).sample(pipeline.teacher, noise, condition), ends)  # type: ignore[arg-type]
+    print("MEASURED", type(method).__name__, found, blur)
+    return [*found, blur]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("process", "kind"), [("flow", "flow"), ("vp", "v")])
+def test_scm_learns_a_mixture(process: str, kind: Kind) -> None:
+    pipeline = modes(process, kind)
+    method = ready(pipeline, guidance=1.0, warmup=200)
+    train(method, batches(pipeline, 128), 800, 1.5e-3)
+    one, two, blur = distances(method, pipeline, 1, 2)
+    assert max(one, two) < 0.3 and blur > 0.7
+
+
 @pytest.mark.slow
 def test_rcm_learns_a_mixture() -> None:
-    """sCM and distribution matching together, in one call and in four."""
-    p = PROCESSES["flow"]
-    teacher = Mixture([0.4, 0.35, 0.25], torch.tensor([[-1.2], [0.2], [1.3]]), [0.2, 0.15, 0.25], p)
-    pipeline = FakePipeline(p, (1,), "flow", teacher=teacher, labels=3, width=64)
-    learn_teacher(pipeline, 700)
+    """sCM and distribution matching together."""
+    pipeline = modes("flow", "flow")
     method = ready(pipeline, RCM, guidance=1.0, warmup=200, student_every=1, fake_lr_scale=1.0, dmd_weight=1.0)
-    train(method, batches(pipeline, 128, ("0 1 2",)), 800, 2e-3)
-    condition, noise = pipeline.encode_prompts([""] * 4000), torch.randn(4000, 1)
-    ends = FewStep(even_times(64)).sample(teacher, noise, condition)
-    with torch.no_grad():
-        found = [wasserstein(method.sampler(n).sample(method.trained, noise, condition), ends) for n in (1, 4)]
-    print("MEASURED", found)
-    assert max(found) < 0.3
+    train(method, batches(pipeline, 128), 600, 1.5e-3)
+    one, four, blur = distances(method, pipeline, 1, 4)
+    assert max(one, four) < 0.3 and blur > 0.7
 
 
 @pytest.mark.slow
 def test_sprint_learns_a_mixture() -> None:
-    p = PROCESSES["flow"]
-    teacher = Mixture([0.4, 0.35, 0.25], torch.tensor([[-1.2], [0.2], [1.3]]), [0.2, 0.15, 0.25], p)
-    pipeline = FakePipeline(p, (1,), "flow", teacher=teacher, labels=3, width=64)
-    learn_teacher(pipeline, 700)
-    pipeline.frozen = lambda: Denoiser(pipeline.base, call, p, "flow")  # type: ignore[method-assign]
+    pipeline = modes("flow", "flow")
+    pipeline.frozen = lambda: Denoiser(pipeline.base, call, pipeline.process, "flow")  # type: ignore[method-assign]
     method = ready(pipeline, SanaSprint, guidance=1.0, warmup=200, gan_weight=0.1)
-    train(method, batches(pipeline, 128, ("0 1 2",)), 800, 2e-3, betas=(0.5, 0.99))
-    condition, noise = pipeline.encode_prompts([""] * 4000), torch.randn(4000, 1)
-    ends = FewStep(even_times(64)).sample(teacher, noise, condition)
-    with torch.no_grad():
-        found = [wasserstein(method.sampler(n).sample(method.trained, noise, condition), ends) for n in (1, 2)]
-    print("MEASURED", found)
-    assert max(found) < 0.3
+    train(method, batches(pipeline, 128), 600, 1.5e-3, betas=(0.5, 0.99))
+    one, two, blur = distances(method, pipeline, 1, 2)
+    assert max(one, two) < 0.3 and blur > 0.7

@@ -181,7 +181,7 @@ class ContinuousConsistency(Method):
         return FewStep(times, gamma=1.0, guidance=self.told)
 
     def advance(self, step: int, total: int) -> bool:
-        self.share = min(1.0, step / self.warmup) if self.warmup else 1.0
+        self.share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return False
 
     def loss(self, batch: Batch) -> Loss:

@@ -60,7 +60,7 @@ class MeanFlow(MeanVelocities):
         return MeanVelocity(even_times(steps, self.process, self.shift), guidance=self.told)
 
     def advance(self, step: int, total: int) -> bool:
-        self.share = min(1.0, step / self.warmup) if self.warmup else 1.0
+        self.share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return False
 
     def draw_times(self, count: int) -> tuple[Tensor, Tensor]:
