@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgen.analytic import Gaussian
+from fastgen.analytic import Gaussian, Mixture
 from fastgen.backbones import load_backbone
 from fastgen.critics import PixelCritic
 from fastgen.data.toy.reader import shipped_reader
@@ -19,7 +19,7 @@ from fastgen.methods import add
 from fastgen.methods.add import ADD
 from fastgen.process import Kind, Process
 from fastgen.samplers import FewStep, even_times
-from tests.method_fakes import PROCESSES, TABLE, FakePipeline, batches
+from tests.method_fakes import PROCESSES, TABLE, FakePipeline, batches, learn_teacher, train, wasserstein
 
 TINY: dict[str, Any] = {"backbone": "tiny", "backbone_size": 16}
 
@@ -252,6 +252,20 @@ def test_exponential_weighting_in_pixels_by_hand() -> None:
     assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_packed_latents_are_weighted_by_sample_in_pixels_too() -> None:
+    """Latents [B, N, C] that decode to pictures [B, 3, H, W]."""
+    pipeline = images(PROCESSES["flow"])
+    method = ready(pipeline)
+    teacher = method.teacher = Gaussian(torch.zeros(16, 3), 0.5, PROCESSES["flow"])
+    method.decode = lambda latents: latents.transpose(1, 2).unflatten(2, (4, 4))
+    x = torch.randn(6, 16, 3)
+    losses = []
+    for method.distill_in in ("pixels", "latents"):
+        torch.manual_seed(2)
+        losses.append(float(method.distillation(x, method.decode(x), teacher.unconditional(6))))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 0
+
+
 @pytest.mark.parametrize("weighting", ["exponential", "sds"])
 def test_distillation_alone_collapses_to_the_mode(weighting: Any) -> None:
     """On a Gaussian the teacher pulls every sample towards the mean: what the discriminator is there to prevent."""
@@ -309,3 +323,23 @@ def test_nfsd_needs_a_teacher_that_can_be_unguided() -> None:
     pipeline = FakePipeline(TABLE, (3, 4, 4), embeds_guidance=True)
     with pytest.raises(UserError, match=r"nfsd.* embeds its guidance"):
         ready(pipeline, weighting="nfsd", distill_in="latents")
+
+
+@pytest.mark.slow
+def test_two_colours_in_one_step() -> None:
+    """Two labels, each its own colour and a spread of it: decoded samples come near the pictures, label by label."""
+    p = PROCESSES["flow"]
+    colours = torch.tensor([[0.5, -0.4, 0.3], [-0.5, 0.4, -0.2]])
+    teacher = Mixture([0.5, 0.5], colours[:, :, None, None].expand(2, 3, 2, 2), [0.2, 0.2], p)
+    pipeline = FakePipeline(p, (3, 2, 2), "flow", teacher=teacher, width=32)
+    learn_teacher(pipeline, 400)
+    method = ready(pipeline, steps=1, distill_weight=0.25)
+    train(method, batches(pipeline, 32), 600, 2e-3, betas=(0.0, 0.99))
+    condition = pipeline.encode_prompts(["0", "1"] * 500)
+    data = teacher.sample(condition).float()
+    with torch.no_grad():
+        x = method.sampler().sample(method.trained, torch.randn(1000, 3, 2, 2), condition)
+    first = FewStep((1.0,)).sample(teacher, torch.randn(1000, 3, 2, 2), condition)
+    found, at_first = ([wasserstein(y[i::2, c], data[i::2, c]) for i in range(2) for c in range(3)] for y in (x, first))
+    # Measured at most 0.044, from 0.16 undistilled.
+    assert max(found) < 0.09 < 0.14 < min(at_first)

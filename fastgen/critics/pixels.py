@@ -37,7 +37,8 @@ def sequence_head(channels: int, tokens: int, outputs: int = 1) -> nn.Sequential
     Group instead of batch normalisation, so that samples do not see each other.
     """
     kernel = min(9, tokens - 1 + tokens % 2)
-    last = spectral_norm(nn.Conv1d(channels, outputs, 1))
+    # A bias here would add the same to real and fake, which are told the same: the hinge loss has no gradient for it.
+    last = spectral_norm(nn.Conv1d(channels, outputs, 1, bias=False))
     return nn.Sequential(token_block(channels, 1), Residual(token_block(channels, kernel)), last)
 
 

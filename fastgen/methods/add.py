@@ -126,16 +126,18 @@ class ADD(Adversarial):
         with torch.no_grad():
             t = uniform_times(self.process, len(x), low=self.low, high=self.high, device=x.device)
             xt = self.process.add_noise(x, torch.randn_like(x), t).to(x.dtype)
-            alpha, sigma = self.process.coefficients(t, x)
             if self.weighting == "nfsd":
+                alpha, sigma = self.process.coefficients(t, x)
                 target = wide(x) - sigma / alpha.clamp_min(SMALLEST) * self.noise_free(xt, t, condition)
             else:
                 target = Guided(self.teacher, self.scale)(xt, t, condition).x0
+            student = image if self.distill_in == "pixels" else x
+            alpha, sigma = self.process.coefficients(t, student)  # pictures may have more dimensions than latents
             # With alpha sigma / 2 and w = sigma^2 the gradient is w (eps of the teacher - eps), score distillation's.
             weight = alpha if self.weighting == "exponential" else alpha * sigma / 2
             if self.distill_in == "pixels":
                 target = self.decode(target.to(x.dtype))
-        return squared(image if self.distill_in == "pixels" else x, target, weight)
+        return squared(student, target, weight)
 
     def noise_free(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """NFSD's direction in eps: guidance, and above t = 0.2 away from the negative prompt (Katzir et al. 2023)."""
