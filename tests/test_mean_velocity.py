@@ -225,13 +225,16 @@ def test_a_mixture_is_learnt(kind: Any) -> None:
     pipeline = FakePipeline(p, (1,), "flow", teacher=teacher, labels=3, width=64)
     everything = pipeline.encode_prompts
     pipeline.encode_prompts = lambda prompts: everything([""] * len(prompts))  # type: ignore[method-assign]
+    torch.manual_seed(0)
     learn_teacher(pipeline, 600)
-    method = ready(kind, pipeline, guidance=1.0, **({"finest": 16} if kind is Shortcut else {}))
-    train(method, batches(pipeline, 128), 1000, 2e-3)
+    # A sample's error is one number here, so that divided by itself it hardly has a gradient; and times reach both ends.
+    options = {"finest": 16} if kind is Shortcut else {"power": 0.5, "time_std": 1.5, "warmup": 200}
+    method = ready(kind, pipeline, guidance=1.0, **options)
+    train(method, batches(pipeline, 128), 1000, 1.5e-3)
     condition, noise = pipeline.encode_prompts([""] * 4000), torch.randn(4000, 1)
     ends = FewStep(even_times(64)).sample(teacher, noise, condition)
     with torch.no_grad():
         found = [wasserstein(method.sampler(n).sample(method.trained, noise, condition), ends) for n in (1, 4)]
-    blur = [wasserstein(FewStep(even_times(n)).sample(teacher, noise, condition), ends) for n in (1, 4)]
-    print("MEASURED", kind.__name__, found, blur)
-    assert found[0] < 0.3 and found[1] < 0.15 and blur[0] > 0.7
+    blur = wasserstein(FewStep((1.0,)).sample(teacher, noise, condition), ends)
+    # Measured 0.143 and 0.133, shortcut 0.158 and 0.124, from 0.88; the teacher's own four steps are at 0.18.
+    assert found[0] < 0.3 and found[1] < 0.25 and blur > 0.7
