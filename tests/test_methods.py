@@ -167,28 +167,41 @@ def test_a_network_that_embeds_guidance_is_told_it(name: str) -> None:
     assert method.trained.network.told.weight.ne(pipeline.base.told.weight).any()
 
 
+BUILDS = [tiny_models.toy, tiny_models.sd3, pytest.param(tiny_models.flux, marks=pytest.mark.slow)]
+
+
 @EVERY
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("build", [tiny_models.toy, tiny_models.sd3, tiny_models.flux], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
 def test_diffusers_pipelines(name: str, build: Callable[[], Any], mode: Mode) -> None:
-    """Both players of every method move on stock networks, and with LoRA the base that they share gets no gradient."""
+    """All players of every method move on stock networks, and with LoRA the base that they share gets no gradient."""
+    torch.manual_seed(0)
     roles: dict[str, Mode] = {"student": mode}  # the others go as the student does
     pipeline = Pipeline.wrap(build(), roles=roles, lora=LoraOptions(rank=2))
     method = methods.find(name)(**(SMALL.get(name, {}) | ({"guidance": None} if build is tiny_models.flux else {})))
+    if name == "guidance_distillation" and (mode == "lora" or build is not tiny_models.toy):
+        with pytest.raises(UserError, match="guidance scale"):  # LoRA and SD3 have no place for it, FLUX has it
+            method.setup(pipeline)
+        return
     method.setup(pipeline)
     condition, shape = pipeline.encode_prompts(["a red cube", "a blue ball"]), (2, *pipeline.latent_shape)
     batch = Batch(condition, shape, *torch.randn(3, *shape), prompts=("a red cube", "a blue ball"))
     for stage in (0, 4):
         method.advance(stage, 6)
         for player in method.players():
+            own = [weight for weight in player.weights.parameters() if weight.requires_grad]
+            with torch.no_grad():  # a fake score that is the teacher still moves no student
+                for weight in own:
+                    weight += 0.02 * torch.randn_like(weight)
             loss = torch.stack(list(player.loss(batch).values())).sum()
-            own = list(player.weights.parameters())
             grads = torch.autograd.grad(loss, own, allow_unused=True)
             assert loss.isfinite() and sum(float(grad.abs().sum()) for grad in grads if grad is not None) > 0
     assert not any(weight.requires_grad for weight in pipeline.frozen().parameters())
     with torch.no_grad():
         x = method.sampler().sample(method.trained, torch.randn(shape), condition)
-    assert x.isfinite().all() and (name in TOLD_ENDS or method.sampler().scheduler(pipeline.process, pipeline.kind).class_name)
+    assert x.isfinite().all()
+    if name not in TOLD_ENDS:
+        assert method.sampler().scheduler(pipeline.process, pipeline.kind).class_name
 
 
 @EVERY
