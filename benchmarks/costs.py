@@ -3,8 +3,8 @@
     python -m benchmarks.costs
 
 The options are those of configs/toy/NAME.toml. Counted are samples that go through any copy of the network, for one sample of
-the student's batch and one update of the student, all other players' turns until then included, as a mean over several rounds:
-how often is drawn by chance in some methods.
+the student's batch and one update of the student, all other players' turns until then included, as a mean over updates from
+the beginning of a run to its end: how many there are is drawn by chance in some methods, and changes with the stage in others.
 """
 
 from __future__ import annotations
@@ -90,14 +90,17 @@ def cost(name: str) -> dict[str, Any]:
     method.setup(pipeline)
     data = batch(pipeline)
     counter.trained = counter.forward = 0.0
-    own = {id(weight) for weight in method.trained.parameters()}
-    every = next(p.every for p in method.players() if own & {id(weight) for weight in p.weights.parameters()})
-    total = 1000 * every
-    for step in range(ROUNDS * every):
-        method.advance(step, total)
-        for player in method.players():
-            if (step + 1) % player.every == 0:
-                player.loss(data)
+    own, total = {id(weight) for weight in method.trained.parameters()}, run.train.steps
+    for place in range(ROUNDS):  # through all stages of those that have some
+        method.advance(step := place * total // ROUNDS, total)
+        every = next(p.every for p in method.players() if own & {id(weight) for weight in p.weights.parameters()})
+        for update in range(every):
+            if update:
+                method.advance(step + update, total)
+            for player in method.players():
+                if (update + 1) % player.every == 0:
+                    player.loss(data)
+    method.advance(total - 1, total)
     return {
         "forward": round(counter.forward / ROUNDS / SIZE, 1),
         "trained": round(counter.trained / ROUNDS / SIZE, 1),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastgen.cli.options import add_common, emit
@@ -20,20 +24,62 @@ def run(args: argparse.Namespace) -> int:
 
     if args.method is None:
         rows = [summary(name, find(name)) for name in names()]
-        width = max(len(row["name"]) for row in rows)
-        lines = [f"{row['name']:<{width}}  {row['summary']}" for row in rows]
-        emit(args, rows, "\n".join(lines), args.output)
+        emit(args, rows, listing(rows), args.output)
         return 0
     about = explained(args.method, find(args.method))
     comment = "".join(f"# {line}".rstrip() + "\n" for line in about["documentation"].splitlines())
-    emit(args, about, f"{comment}#\n# needs: {', '.join(about['needs'])}\n\n{about['config']}", args.output)
+    facts = {"needs": ", ".join(about["needs"]), "networks": ", ".join(about["roles"]), "steps": spans(about["steps"])}
+    told = "".join(f"# {key}: {value}\n" for key, value in facts.items() if value)
+    emit(args, about, f"{comment}#\n{told}\n{about['config']}", args.output)
     return 0
 
 
 def summary(name: str, cls: type) -> dict[str, Any]:
-    needs: Any = getattr(cls, "needs", ())
-    needs = () if isinstance(needs, property) else needs  # decided by its options
-    return {"name": name, "summary": documentation(cls).split("\n")[0], "needs": sorted(needs)}
+    """One method in a line: what it is and needs, which networks there are, in how many steps its student is sampled, what
+    an update costs. The last three were counted with its toy recipe; of a plugin they are not known.
+    """
+    counted = costs().get(name, {})
+    return {
+        "name": name,
+        "family": getattr(cls, "family", ""),
+        "summary": documentation(cls).split("\n")[0],
+        "needs": sorted(cls().needs),
+        "roles": counted.get("roles", []),
+        "steps": counted.get("steps", []),
+        "calls": {key: counted[key] for key in ("trained", "forward") if key in counted},
+    }
+
+
+@functools.cache
+def costs() -> dict[str, Any]:
+    """What `python -m benchmarks.costs` counted."""
+    found: dict[str, Any] = json.loads((Path(__file__).parents[1] / "methods" / "costs.json").read_text(encoding="utf-8"))
+    return found
+
+
+def listing(rows: Sequence[dict[str, Any]]) -> str:
+    """The methods by family, as text."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':<{width}}  {'steps':<9} {'calls':<11} needs"]
+    for family in dict.fromkeys(sorted(row["family"] for row in rows)):
+        lines += ["", family or "others"]
+        for row in (row for row in rows if row["family"] == family):
+            calls = f"{row['calls']['trained']:g} + {row['calls']['forward']:g}" if row["calls"] else ""
+            lines.append(f"{row['name']:<{width}}  {spans(row['steps']):<9} {calls:<11} {', '.join(row['needs'])}")
+            lines.append(f"{'':<{width}}  {row['summary']}")
+    lines += ["", "calls: network calls for an update of the student, with gradient + without, by the method's toy recipe"]
+    return "\n".join(lines)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Such as "1-4, 8"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{some[0]}-{some[-1]}" if len(some) > 1 else str(some[0]) for some in found)
 
 
 def documentation(cls: type) -> str:
@@ -51,9 +97,8 @@ def explained(name: str, cls: type) -> dict[str, Any]:
         {"name": key, "type": schema.expected(hint), "default": plain(schema.default(each)), "help": helps[key]}
         for key, (each, hint) in known.items()
     ]
-    instance_needs = sorted(cls().needs)
     return {
-        **summary(name, cls), "needs": instance_needs, "documentation": documentation(cls), "options": options,
+        **summary(name, cls), "documentation": documentation(cls), "options": options,
         "config": config.starter(name),
     }  # fmt: skip
 

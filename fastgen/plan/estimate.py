@@ -241,6 +241,7 @@ class Blank:
             latents=torch.randn(shape) if images else None,
             noise=torch.randn(shape) if pairs else None,
             target=torch.randn(shape) if pairs else None,
+            prompts=("a",) * size,
         )
 
 
