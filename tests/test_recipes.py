@@ -44,6 +44,8 @@ def test_recipe(recipe: Path, tmp_path: Path) -> None:
         assert "not run" in header or "not been run" in header, "a recipe says in its header whether it was run"
     torch.manual_seed(0)
     pipeline, method = tiny(recipe, run), run.method
+    if getattr(method, "backbone", "toy") != "toy":  # the weights of real ones are not here
+        method.backbone = "tiny"  # type: ignore[attr-defined]
     method.setup(pipeline)
     prompts = ("a red cube", "a blue ball")
     shape = (2, *pipeline.latent_shape)
