@@ -84,7 +84,7 @@ def test_variable_arguments_are_told_from_two_calls() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
     short = {"text": torch.ones(3, 3, 4), "mask": mask, "pooled": torch.ones(3, 4), "left": mask.flip(1)}
     long = {"text": torch.ones(1, 9, 4), "mask": None, "pooled": torch.ones(1, 4), "left": torch.ones(1, 9).long()}
-    found = learn_lengths(short, long, [], [], dict.fromkeys(short, 1))
+    found = learn_lengths(short, long, [], [], dict.fromkeys(short, 1), padded=False)
     assert found == Lengths((), ("text", "mask", "left"), {"mask": torch.int64}, omits_masks=True)
     assert is_list([torch.ones(1)] * 2, [torch.ones(1)] * 3) and not is_list([torch.ones(1)] * 2, [torch.ones(1)] * 2)
     assert is_repeated([[8, 8]] * 2, [[8, 8]] * 3) and not is_repeated([3, 5], [3, 5, 4])

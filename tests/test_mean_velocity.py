@@ -150,7 +150,7 @@ def test_every_share_of_long_steps_is_taken() -> None:
     """Also of a batch of one, and of none: no mean over nothing."""
     pipeline = FakePipeline(TABLE, (3,), "eps")
     for share, finest in ((1.0, 2), (0.1, 128), (0.5, 16)):
-        method = ready(Shortcut, pipeline, bootstrap=share, finest=finest, guidance=2.0, steps=2)
+        method = ready(Shortcut, pipeline, bootstrap=share, finest=finest, guidance=2.0, steps=1)
         for seed in range(8):
             torch.manual_seed(seed)
             assert method.loss(next(batches(pipeline, 1)))["shortcut"].isfinite()
@@ -195,7 +195,7 @@ def test_samplers_are_refused_where_they_cannot_be_had() -> None:
         method.sampler().scheduler(method.process, "flow")
     with pytest.raises(UserError, match="at least 1 step, not 0"):
         method.sampler(0)
-    with pytest.raises(UserError, match="a power of two of steps up to finest = 128, not 3"):
+    with pytest.raises(UserError, match="a power of two of steps up to half of finest = 128, not 3"):
         ready(Shortcut, pipeline).sampler(3)
     with pytest.raises(ValueError, match="gamma must be 0"):
         MeanVelocity((1.0,), gamma=1.0)
@@ -207,7 +207,7 @@ def test_samplers_are_refused_where_they_cannot_be_had() -> None:
         (MeanFlow, {"steps": 0}, "steps must be at least 1, not 0"),
         (MeanFlow, {"training": True, "guidance": 3.0}, "training = true asks no teacher, so guidance = 3"),
         (Shortcut, {"finest": 100}, "finest must be a power of two, at least 2, not 100"),
-        (Shortcut, {"steps": 3}, "a power of two of steps up to finest = 128, not 3"),
+        (Shortcut, {"steps": 3}, "a power of two of steps up to half of finest = 128, not 3"),
         (Shortcut, {"finest": 2048}, "finest = 2048 is finer than the pipeline's own times"),
     ],
 )

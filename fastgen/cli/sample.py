@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen.cli.options import add_common, checked_device, emit, say, seed, writable
-from fastgen.cli.targets import add_run_options, call_with, chosen_sampler, is_run, open_run, plain_folder
+from fastgen.cli.targets import add_run_options, call_with, chosen_sampler, is_export, is_run, open_run, plain_folder
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,10 +110,18 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
 
     where = plain_folder(args.target)
     call = call_with(where, args.steps, args.guidance, force=args.force)
-    loaded = load_pipeline(where, device=checked_device(args), offline=args.offline)
-    pipeline = loaded.diffusers
+    steered: AbstractContextManager[None] = nullcontext()
+    if is_export(where) and args.negative_prompt is None:
+        from fastgen.eval.generate import load_pipeline as load_plain
+
+        pipeline = load_plain(where, device=checked_device(args))
+    else:
+        loaded = load_pipeline(where, device=checked_device(args), offline=args.offline)
+        pipeline, scale = loaded.diffusers, call.get("guidance_scale")
+        own = loaded.default_guidance if scale is None else scale + loaded.form.guidance_offset
+        steered = away(args, loaded, loaded.frozen(), 1.0 if loaded.embeds_guidance else own)
     pipeline.set_progress_bar_config(disable=True)
-    with away(args, loaded, loaded.frozen(), call.get("guidance_scale", loaded.default_guidance)):
+    with steered:
         for prompt in args.prompts:
             for number in range(first, first + args.number):
                 generator = torch.Generator().manual_seed(number)

@@ -128,10 +128,20 @@ def call_with(folder: str | Path, steps: int | None, guidance: float | None, *, 
     if steps is not None and not listed:
         call["num_inference_steps"] = steps
     if guidance is not None:
-        call["guidance_scale"] = guidance
+        call[guidance_key(folder, call)] = guidance
     if is_export(folder) and not force:
         require_own_call(read_export(Path(folder)), call)
     return call
+
+
+def guidance_key(folder: str | Path, call: dict[str, Any]) -> str:
+    """The argument that carries the guidance scale. Raises UserError for an export whose pipeline is called without one."""
+    known = ("true_cfg_scale", "distilled_guidance_scale", "guidance_scale")
+    if not is_export(folder):
+        return known[-1]
+    if (key := next((each for each in known if each in call), None)) is None:
+        raise UserError(f"--guidance: {folder} is an export whose pipeline is called without a guidance scale; leave it out")
+    return key
 
 
 def steps_list(text: str) -> list[int]:

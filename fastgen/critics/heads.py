@@ -41,6 +41,7 @@ def map_head(channels: int, height: int, width: int, hidden: int, outputs: int =
         stage(channels, (4, 4), 2, (1 if height > 1 else 2, 1 if width > 1 else 2))
         height, width = (n // 2 if n > 1 else 1 for n in (height, width))
         channels = hidden
+    layers.append(nn.AdaptiveAvgPool2d((height, width)))  # as it is, but for maps of another resolution than the head's
     stage(channels, (height, width), 1, (0, 0))
     return nn.Sequential(*layers, nn.Conv2d(hidden, outputs, 1))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgen.errors import UserError
 from fastgen.eval.images import to_uint8
 from fastgen.pipelines.gamma_flow import own_class
+from fastgen.pipelines.loading import check_index
 
 
 def load_pipeline(folder: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionPipeline:
@@ -22,9 +23,11 @@ def load_pipeline(folder: Path | str, *, dtype: torch.dtype = torch.float32, dev
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
+        options |= check_index(folder, as_teacher=False)
         kind = own_class(folder, as_teacher=False) or DiffusionPipeline
-        pipeline = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+        pipeline = kind.from_pretrained(str(folder), **options)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"the diffusers pipeline in {folder} cannot be loaded: {error}") from error
     return pipeline.to(device)

@@ -155,8 +155,9 @@ def _advice(description: Mapping[str, Any]) -> str:
             else ("No stock pipeline of diffusers tells its network where a step ends")
         )
         notes.append(
-            f"{why}, so `{file}` beside this card does it; it needs "
-            "diffusers alone, and `trust_remote_code=True` lets diffusers run it."
+            f"{why}, so `{file}` beside this card does it"
+            + ("" if gamma else ", with the weights in `end_time.safetensors`")
+            + "; it needs no fastgen, and `trust_remote_code=True` lets diffusers run it."
         )
     explicit = next((key for key in ("timesteps", "sigmas") if key in call), None)
     if explicit:

@@ -132,12 +132,13 @@ class LADD(Adversarial):
         shown, t, eps = self.view(real)
         faked, t_fake, _ = self.view(fake, t, eps) if self.shared_noise else self.view(fake)
         samples, times, texts = [shown, faked], [t, t_fake], [condition, condition]
-        if self.mismatch_weight:
+        mismatched = self.mismatch_weight > 0 and len(real) > 1  # of one sample there is no other text
+        if mismatched:
             samples, times, texts = [*samples, shown], [*times, t], [*texts, condition[torch.arange(len(real)).roll(1)]]
         logits = self.critic(torch.cat(samples), torch.cat(times), Condition.cat(texts)).chunk(len(samples))
         loss = hinge_critic if self.objective == "hinge" else nonsaturating_critic
         terms = {"gan": loss(logits[0], logits[1])}
-        if self.mismatch_weight:
+        if mismatched:
             wrong = wide(logits[2])
             error = F.relu(1 + wrong) if self.objective == "hinge" else F.softplus(wrong)
             terms["mismatch"] = self.mismatch_weight * error.mean()

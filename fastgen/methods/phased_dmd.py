@@ -74,15 +74,16 @@ class PhasedDMD(ScoreDistillation):
     compared by the guided teacher and a fake score of the phase's own, which learns from samples known at s alone (the target
     of `fastgen.losses.level_target`; for a flow their velocity). At s = 0 all of it is DMD2 without its GAN term.
 
-    With `experts` each phase has a student network of its own; a run of such can be sampled and evaluated, not exported.
+    With `experts` each phase has a student network of its own; a run of such can be sampled, not exported, and so not measured.
     Differences from the authors' paper: the phases learn side by side, one call a turn, not one after another, so that a
     later phase starts from where the earlier one is now, and every fake score is fresh by being its phase's own; without
-    `experts` one network serves all phases; the gradient is normalised as DMD's. Their guidance is 4, with two phases
+    `experts` one network serves all phases; a fake score learns from where the last call of its phase ends, and judges jumps
+    there from all of them; the gradient is normalised as DMD's. Their guidance is 4, with two phases
     of two steps; the student a LoRA of rank 64 at 5e-5, the fake score whole at 4e-7, five updates for one.
     """
 
     phases: int = field(default=2, metadata={"help": "parts of the student's steps, each with a fake score", "at_least": 1})
-    experts: bool = field(default=False, metadata={"help": "a student network for each phase; cannot be exported"})
+    experts: bool = field(default=False, metadata={"help": "a student network for each phase; cannot be exported or measured"})
     student_every: int = field(default=5, metadata={"help": "updates of the fake scores for one of the student"})
     margin: float = field(
         default=0.02, metadata={"help": "how far above a phase's end the scores are compared at least", "at_least": 0}

@@ -72,7 +72,7 @@ class SanaSprint(ContinuousConsistency):
             fake = self.generate(batch)
         real, condition = wide(batch.latents), batch.condition
         fakes = self.critic(*self.shown(fake), condition)
-        if self.mismatched:
+        if self.mismatched and len(real) > 1:  # of one sample there is no other picture
             others = self.critic(*self.shown(real.roll(1, 0)), condition)
             fakes = torch.cat([fakes, others])
         return {"critic": 0.5 * hinge_critic(self.critic(*self.shown(real), condition), fakes)}

@@ -41,8 +41,10 @@ class Shortcut(MeanVelocities):
         self._require_trained(self.steps)
 
     def _require_trained(self, steps: int) -> None:
-        if steps < 1 or self.finest % steps:
-            raise UserError(f"a shortcut model takes a power of two of steps up to finest = {self.finest}, not {steps}")
+        # A step of the shortest length is asked as one of no length, which no sampler tells a network.
+        if steps < 1 or self.finest % steps or steps == self.finest:
+            most = f"half of finest = {self.finest}"
+            raise UserError(f"a shortcut model takes a power of two of steps up to {most}, not {steps}")
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

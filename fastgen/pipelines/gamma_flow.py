@@ -80,18 +80,24 @@ def own_class(folder: Path, *, as_teacher: bool = True) -> Any:
     if not (isinstance(name, list) and name[:1] == [path.stem]):
         return None
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    if (told := mean_velocity_file.written(text)) is not None and hasattr(diffusers, told[0]) and name[1:] == [told[1]]:
+    if (told := mean_velocity_file.written(text)) is not None and is_stock(told[0]) and name[1:] == [told[1]]:
         if as_teacher:
             raise UserError(f"{folder} is distilled already: its network is told where a step ends as well as where it begins")
         return _made(text, *told)
     found = PARTS.search(text)
     stock, gamma = found.groups() if found else ("", "0")
-    if text != source(stock, float(gamma)) or not hasattr(diffusers, stock) or name[1:] != [class_name(stock)]:
+    if text != source(stock, float(gamma)) or not is_stock(stock) or name[1:] != [class_name(stock)]:
         raise UserError(
             f"{path} is code that comes with the pipeline, not what fastgen writes for samplers of its own, and is not run; "
             "export the run again, or load the folder with diffusers if you trust it"
         )
     return _made(source(stock, float(gamma)), stock, class_name(stock))
+
+
+def is_stock(name: str) -> bool:
+    """Whether diffusers has a pipeline class of this name."""
+    found = getattr(diffusers, name, None)
+    return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
 @cache

@@ -77,7 +77,7 @@ def load_pipeline(
             check_formats(quantize)
     options: dict[str, Any] = {}
     if source is not None:
-        options = _check_index(source)
+        options = check_index(source)
     elif offline:
         options["local_files_only"] = True
     try:
@@ -147,8 +147,11 @@ def _folder(path: str) -> Path | None:
     return None
 
 
-def _check_index(folder: Path) -> dict[str, Any]:
-    """Options for loading `folder`. Raises UserError where it is not a whole pipeline of a stock class."""
+def check_index(folder: Path, *, as_teacher: bool = True) -> dict[str, Any]:
+    """Options for loading `folder`, `as_teacher` or to be sampled.
+
+    Raises UserError where it is not a whole pipeline of a stock class.
+    """
     file = folder / "model_index.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
@@ -157,7 +160,7 @@ def _check_index(folder: Path) -> dict[str, Any]:
         name = index["_class_name"]
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file} is not a pipeline's index: it must be a JSON object with a _class_name") from problem
-    kind = own_class(folder) or (getattr(diffusers, name, None) if isinstance(name, str) else None)
+    kind = own_class(folder, as_teacher=as_teacher) or (getattr(diffusers, name, None) if isinstance(name, str) else None)
     if kind is None:
         raise UserError(f"{file} has _class_name {name!r}, which diffusers {diffusers.__version__} does not know")
     stock = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
@@ -208,7 +211,7 @@ def _configurations(path: str, offline: bool) -> Path:
 
     wanted = ["*.json", "*.txt", "*.model", "*.jinja"]
     folder = Path(snapshot_download(path, allow_patterns=wanted, local_files_only=offline))
-    _check_index(folder)
+    check_index(folder)
     return folder
 
 

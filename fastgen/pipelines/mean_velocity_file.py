@@ -36,11 +36,15 @@ def embedding(weights, span):
 
 
 class {name}({stock}):
+    def register_to_config(self, **values):
+        super().register_to_config(**values)
+        if home := values.get("_name_or_path"):  # Where it is loaded from: a folder, or else a repository of the hub.
+            path = os.path.join(home, {weights!r}) if os.path.isdir(home) else hf_hub_download(home, {weights!r})
+            self._step_weights = load_file(path)
+
     @functools.wraps({stock}.__call__)
     def __call__(self, *args, **kwargs):
-        home, scheduler, taken = self.config._name_or_path, self.scheduler, []
-        path = os.path.join(home, {weights!r})
-        weights = load_file(path if os.path.exists(path) else hf_hub_download(home, {weights!r}))
+        weights, scheduler, taken = self._step_weights, self.scheduler, []
         follow = scheduler.step
 
         @functools.wraps(follow)

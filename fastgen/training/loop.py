@@ -135,6 +135,7 @@ class Trainer:
         """One update: every player whose turn it is moves once."""
         if self.method.advance(self.step, self.total):
             self.start_players()
+            self.share_weights()  # those of a player that comes with the stage are drawn by every process for itself
             self.ema = self.start_ema()
         for turn in self.turns:
             if (self.step + 1) % turn.player.every == 0:
