@@ -361,3 +361,10 @@ def test_bad_targets_and_arguments_are_named(tmp_path: Path):
         generate(pipeline(), ["a"], [0], call={"sharpness": 3})
     with pytest.raises(UserError, match="number and seeds_per_prompt"):
         toy_prompts(0)
+
+
+def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
+    pipeline().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert list((tmp_path / "pickled").rglob("*.bin"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pipeline(tmp_path / "pickled")
