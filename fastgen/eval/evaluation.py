@@ -20,16 +20,28 @@ from fastgen import __version__
 from fastgen.data.toy.captions import caption
 from fastgen.data.toy.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from fastgen.errors import UserError
-from fastgen.eval.features import features_hash, file_hash
+from fastgen.eval.features import features_hash
 from fastgen.eval.generate import generate, load_pipeline
-from fastgen.eval.images import check_images, read_images, to_uint8, write_images
+from fastgen.eval.images import Images, check_images, images_hash, read_images, to_uint8, write_images
+from fastgen.eval.intervals import interval
 from fastgen.eval.measures.clip_score import clip_weights
-from fastgen.eval.registry import Evidence, metrics
+from fastgen.eval.registry import Evidence, Metric, metrics
+from fastgen.eval.weights import file_hash
 from fastgen.eval.world import PHOTO, TOY, World
 
 PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "open-clip-torch", "numpy")
 REFERENCE_SEED = 314159
 """Real images are drawn with seeds of their own, so that they are the same for every candidate and never the training's."""
+
+
+@dataclass
+class Measured:
+    """Scores by key, their confidence intervals (95 %) where known, and values [N] of single images where a score is a mean."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    each: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -39,6 +51,7 @@ class Evaluation:
     scores: dict[str, float]
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def save(self, path: Path | str) -> None:
         """Write the record as JSON, by way of a temporary name."""
@@ -50,75 +63,114 @@ class Evaluation:
 
 
 def score_images(
-    images: Tensor,
+    images: Images,
     prompts: Sequence[str] | None = None,
     *,
     scenes: Scenes | None = None,
-    reference: Tensor | None = None,
-    floor: Tensor | None = None,
+    reference: Images | None = None,
+    floor: Images | None = None,
+    teacher: Images | None = None,
     paired: bool | None = None,
     world: World | None = None,
     only: Sequence[str] | None = None,
     device: str = "cpu",
     notes: list[str] | None = None,
 ) -> dict[str, float]:
-    """Every metric for which there is evidence.
-
-    `images` is uint8 [N, 3, H, W] with one prompt each (the same prompt twice is two seeds of it). `scenes` says what each toy
-    image should show; without a `reference` its real images are then drawn here, two sets, one of them for the floor. Otherwise
-    `reference` holds real images and `floor` further ones; without a floor, a reference of at least 2 N gives its last N.
-    `paired` says that the reference belongs to the same prompts in the same order (default: with scenes). `only` names
-    metrics of `fastgen.eval.registry.metrics()`. Sentences about what was skipped are appended to `notes`.
-
-    Raises UserError for tensors of the wrong kind, lists of different length and unknown names.
-    """
-    world = world or (TOY if scenes is not None else PHOTO)
-    evidence = _evidence(images, prompts, scenes, reference, floor, paired, world, device)
+    """The scores of `measure_images` alone; sentences about what was skipped are appended to `notes`."""
+    evidence = gather(
+        images,
+        prompts,
+        scenes=scenes,
+        reference=reference,
+        floor=floor,
+        teacher=teacher,
+        paired=paired,
+        world=world,
+        device=device,
+    )
     if notes is not None:
         evidence.notes = notes
-    known = metrics()
-    if unknown := set(only or ()) - known.keys():
-        raise UserError(f"no metric is called {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
-    scores: dict[str, float] = {}
-    for name, entry in known.items():
-        if only is not None and name not in only:
-            continue
+    return measure_images(evidence, only).scores
+
+
+def measure_images(evidence: Evidence, only: Sequence[str] | None = None) -> Measured:
+    """Every usual metric of the world for which there is evidence, or those that `only` names ("all": every one).
+
+    Raises UserError for unknown names. What cannot be measured is a note, not an error.
+    """
+    measured = Measured(notes=evidence.notes)
+    for entry in chosen_metrics(evidence.world, only):
         if missing := entry.missing(evidence):
             if only is not None:
-                evidence.note(f"The metric {name} was left out: it needs {' and '.join(missing)}.")
+                evidence.note(f"The metric {entry.name} was left out: it needs {' and '.join(missing)}.")
             continue
         try:
-            scores |= entry.compute(evidence)
+            found = entry.measure(evidence)
         except UserError as error:
-            evidence.note(f"The metric {name} was left out: {error}.")
-    return scores
+            evidence.note(f"The metric {entry.name} was left out: {error}.")
+            continue
+        for key, score in found.items():
+            measured.scores[key] = score.value
+            if (ends := interval(score, evidence.prompts)) is not None:
+                measured.intervals[key] = ends
+            if score.each is not None:
+                measured.each[key] = score.each
+    return measured
 
 
-def _evidence(
-    images: Tensor,
-    prompts: Sequence[str] | None,
-    scenes: Scenes | None,
-    reference: Tensor | None,
-    floor: Tensor | None,
-    paired: bool | None,
-    world: World,
-    device: str,
+def chosen_metrics(world: World, only: Sequence[str] | None) -> list[Metric]:
+    """The metrics of a world that are asked for. Raises UserError for names that are none, or none of this world."""
+    known = metrics()
+    if only is None or list(only) == ["all"]:
+        return [entry for entry in known.values() if world.name in entry.worlds and (entry.usual or only is not None)]
+    for name in only:
+        if name not in known:
+            raise UserError(f"no metric is called {name!r}; there are {', '.join(sorted(known))}")
+        if world.name not in known[name].worlds:
+            raise UserError(
+                f"the metric {name} measures {' and '.join(known[name].worlds)} pictures, not the {world.name} world's"
+            )
+    return [entry for entry in known.values() if entry.name in only]
+
+
+def gather(
+    images: Images,
+    prompts: Sequence[str] | None = None,
+    *,
+    scenes: Scenes | None = None,
+    reference: Images | None = None,
+    floor: Images | None = None,
+    teacher: Images | None = None,
+    paired: bool | None = None,
+    world: World | None = None,
+    device: str = "cpu",
 ) -> Evidence:
+    """What metrics may look at, from whatever there is.
+
+    `images` are uint8 [N, 3, H, W] with one prompt each (the same prompt twice is two seeds of it). `scenes` says what each
+    toy image should show; without a `reference` its real images are then drawn here, two sets, one of them for the floor.
+    Otherwise `reference` holds real images and `floor` further ones; without a floor, a reference in memory of at least 2 N
+    gives its last N. `paired` says that the reference belongs to the same prompts in the same order (default: with scenes).
+    `teacher` are the teacher's images of the same prompts from the same noise.
+
+    Raises UserError for tensors of the wrong kind and lists of different length.
+    """
+    world = world or (TOY if scenes is not None else PHOTO)
     check_images(images, "images")
-    for name, given in (("prompts", prompts), ("scenes", scenes)):
+    for name, given in (("prompts", prompts), ("scenes", scenes), ("images of the teacher", teacher)):
         if given is not None and len(given) != len(images):
             raise UserError(f"there are {len(given)} {name} for {len(images)} images; give one for each")
     if scenes is not None and reference is None:
         reference, floor = real_images(scenes, REFERENCE_SEED), real_images(scenes, REFERENCE_SEED + 1)
     elif reference is not None:
         check_images(reference, "reference")
-        if floor is None and len(reference) >= 2 * len(images):
+        if floor is None and isinstance(reference, Tensor) and len(reference) >= 2 * len(images):
             reference, floor = reference[: -len(images)], reference[-len(images) :]
     if floor is not None:
         check_images(floor, "floor")
     same = scenes is not None if paired is None else paired
     same = same and reference is not None and len(reference) == len(images)
-    return Evidence(images, world, prompts, scenes, reference, floor, same, device)
+    return Evidence(images, world, prompts, scenes, reference, floor, teacher, same, device)
 
 
 def real_images(scenes: Scenes, seed: int) -> Tensor:
@@ -194,8 +246,7 @@ def evaluate(
     if images_folder is not None:
         write_images(images, images_folder)
     real = reference if reference is None or isinstance(reference, Tensor) else read_images(reference)
-    notes: list[str] = []
-    scores = score_images(images, texts, scenes=scenes, reference=real, world=world, only=only, device=device, notes=notes)
+    measured = measure_images(gather(images, texts, scenes=scenes, reference=real, world=world, device=device), only)
     toy = {"split": split, "objects": objects} if scenes is not None else {}
     settings = {
         "target": str(where) if where is not None else type(pipeline).__name__,
@@ -212,7 +263,7 @@ def evaluate(
         "device": device,
         "sampling_seconds": round(seconds, 3),
     }
-    evaluation = Evaluation(scores, notes, settings)
+    evaluation = Evaluation(measured.scores, measured.notes, settings, measured.intervals)
     if output is not None:
         evaluation.save(output)
     return evaluation
@@ -250,7 +301,7 @@ def describe_world(world: World) -> dict[str, Any]:
 
 def _reference_hash(reference: Tensor | None, scenes: Scenes | None) -> str | None:
     if reference is not None:
-        return hashlib.sha256(reference.contiguous().numpy().tobytes()).hexdigest()
+        return images_hash(reference)
     if scenes is None:
         return None
     described = torch.cat([getattr(scenes, f.name).flatten() for f in fields(scenes)])

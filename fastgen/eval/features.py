@@ -6,8 +6,6 @@ feature_extractor="fastgen-toy")` works too. Its numbers are no Inception distan
 
 from __future__ import annotations
 
-import hashlib
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +21,8 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from fastgen.data.toy.reader import WEIGHTS as READER_WEIGHTS
 from fastgen.data.toy.reader import shipped_reader
 from fastgen.errors import UserError
-from fastgen.eval.images import from_uint8
+from fastgen.eval.images import Images, from_uint8
+from fastgen.eval.weights import file_hash
 from fastgen.eval.world import INCEPTION, TOY_FEATURES, World
 
 INCEPTION_HASH = "6726825d"
@@ -75,14 +74,14 @@ if TOY_FEATURES not in FEATURE_EXTRACTORS_REGISTRY:
 
 
 class _Images(Dataset):
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Images) -> None:
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+        return self.images[index : index + 1][0]
 
 
 @lru_cache(maxsize=2)
@@ -139,13 +138,7 @@ def features_hash(world: World) -> str | None:
     return file_hash(world.features_weights) if world.features_weights is not None else None
 
 
-def file_hash(path: Path | str | os.PathLike) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def extract(images: Tensor, world: World, *, device: str = "cpu", name: str = "images") -> dict[str, Tensor]:
+def extract(images: Images, world: World, *, device: str = "cpu", name: str = "images") -> dict[str, Tensor]:
     """Features [N, D] in float64 of uint8 images [N, 3, H, W] for `fid` and `prc`, by torch-fidelity's own loop.
 
     Raises UserError when a feature is NaN or infinite; `name` says in the sentence which set it was.

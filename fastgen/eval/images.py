@@ -1,9 +1,12 @@
-"""Pictures in and out of evaluation: always uint8 [N, 3, H, W]."""
+"""Pictures in and out of evaluation: always uint8 [N, 3, H, W], in memory (a tensor) or read when wanted (a folder)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +16,43 @@ from torch import Tensor
 from fastgen.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+READERS = 4
+"""Threads that decode pictures of a folder."""
+
+
+class Images(Protocol):
+    """A set of pictures of one size: a uint8 tensor [N, 3, H, W], or a `PictureFolder`, which gives one for a slice."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N, 3, height, width."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+def batches(images: Images, size: int = 128) -> Iterator[Tensor]:
+    """The pictures in order, `size` at a time; of a folder the next ones are decoded meanwhile."""
+    starts = range(0, len(images), size)
+    if isinstance(images, Tensor):
+        yield from (images[start : start + size] for start in starts)
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(images.__getitem__, slice(0, size))
+        for start in starts:
+            batch = coming.result()
+            coming = ahead.submit(images.__getitem__, slice(start + size, start + 2 * size))
+            yield batch
+
+
+def images_hash(images: Images) -> str:
+    """SHA-256 of the pixels in order, however the pictures are kept."""
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    for batch in batches(images):
+        digest.update(batch.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -28,8 +68,10 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def check_images(images: Tensor, name: str) -> None:
-    """Raise UserError unless `images` is a non-empty uint8 [N, 3, H, W] tensor; `name` says which set is meant."""
+def check_images(images: Images, name: str) -> None:
+    """Raise UserError unless `images` are a folder or a non-empty uint8 [N, 3, H, W] tensor; `name` says which set is meant."""
+    if not isinstance(images, Tensor):
+        return
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         found = f"{images.dtype} {tuple(images.shape)}".replace("torch.", "")
         raise UserError(f"{name} must be a uint8 tensor [N, 3, height, width], not {found}; use fastgen.eval.images.to_uint8")
@@ -45,35 +87,61 @@ def from_pillow(images: Sequence[Image.Image]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(0, 3, 1, 2).contiguous()
 
 
-def read_images(folder: Path | str, *, limit: int | None = None, size: int | None = None) -> Tensor:
-    """Every picture of a folder, in the order of the names: uint8 [N, 3, H, W].
+class PictureFolder:
+    """The pictures of a folder in the order of their names, decoded when they are asked for.
 
-    `size` crops each to its central square and resizes it (Pillow's Lanczos) to `size` x `size`.
+    `size` crops each to its central square and resizes it (Pillow's Lanczos) to `size` x `size`; without it all must have one
+    size. Grey pictures become RGB; transparent ones are refused, since what shows through would be a guess.
 
-    Raises UserError when the folder is missing or empty, a file cannot be read, or the pictures differ in size.
+    Raises UserError when the folder is missing or empty; on reading, where a file is broken, transparent, or of another size.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give one with pictures ({', '.join(EXTENSIONS)})")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)[:limit]
-    if not paths:
-        raise UserError(f"{folder} holds no pictures; files must end in {', '.join(EXTENSIONS)}")
-    pictures: list[Image.Image] = []
-    for path in paths:
+
+    def __init__(self, folder: Path | str, *, limit: int | None = None, size: int | None = None) -> None:
+        self.folder, self.size = Path(folder), size
+        if not self.folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give one with pictures ({', '.join(EXTENSIONS)})")
+        self.paths = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in EXTENSIONS)[:limit]
+        if not self.paths:
+            raise UserError(f"{folder} holds no pictures; files must end in {', '.join(EXTENSIONS)}")
+        self._first = self._read(self.paths[0]).size
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, 3, height, width."""
+        return len(self.paths), 3, self._first[1], self._first[0]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        paths = self.paths[rows]
+        if not paths:
+            return torch.zeros((0, *self.shape[1:]), dtype=torch.uint8)
+        with ThreadPoolExecutor(READERS) as readers:
+            pictures = list(readers.map(self._read, paths))
+        for path, picture in zip(paths, pictures, strict=True):
+            if picture.size != self._first:
+                sizes = " and ".join(f"{w} x {h}" for w, h in (self._first, picture.size))
+                raise UserError(
+                    f"{self.folder} mixes sizes ({sizes}, the second in {path.name}); give a size to crop and resize them to"
+                )
+        return from_pillow(pictures)
+
+    def _read(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as opened:
-                picture = opened.convert("RGB")
+                opened.load()
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"{path} cannot be read as a picture: {error}") from error
-        if size is not None:
-            picture = _square(picture, size)
-        if pictures and picture.size != pictures[0].size:
-            sizes = " and ".join(f"{w} x {h}" for w, h in (pictures[0].size, picture.size))
-            raise UserError(
-                f"{folder} mixes sizes ({sizes}, the second in {path.name}); give a size to crop and resize them to"
-            )
-        pictures.append(picture)
-    return from_pillow(pictures)
+        if opened.has_transparency_data and np.array(opened.convert("RGBA"))[..., 3].min() < 255:
+            raise UserError(f"{path} is partly transparent; flatten it onto the background that it should be judged on")
+        picture = opened.convert("RGB")
+        return picture if self.size is None else _square(picture, self.size)
+
+
+def read_images(folder: Path | str, *, limit: int | None = None, size: int | None = None) -> Tensor:
+    """Every picture of a folder at once: uint8 [N, 3, H, W]. Arguments and errors as of `PictureFolder`."""
+    return PictureFolder(folder, limit=limit, size=size)[:]
 
 
 def _square(picture: Image.Image, size: int) -> Image.Image:

@@ -1,16 +1,17 @@
 """What a metric is, and the list of them. A new metric is one file in `fastgen/eval/measures/`, found by itself.
 
 @metric("brightness", needs=("images",), readings={"brightness": Reading("Mean brightness", best="none")})
-def brightness(evidence: Evidence) -> dict[str, float]:
-    return {"brightness": evidence.images.float().mean().item() / 255}
+def brightness(evidence: Evidence) -> dict[str, Score]:
+    each = torch.cat([batch.float().mean((1, 2, 3)) / 255 for batch in batches(evidence.images)])
+    return {"brightness": Score.mean(each)}
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
@@ -18,39 +19,62 @@ from torch import Tensor
 
 from fastgen.data.toy.scenes import Scenes
 from fastgen.eval.features import extract
+from fastgen.eval.images import Images
 from fastgen.eval.world import World
 
-Need = Literal["images", "prompts", "scenes", "reference"]
+Need = Literal["images", "prompts", "scenes", "reference", "teacher"]
+ImageSet = Literal["images", "reference", "floor", "teacher"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number, and how far it can be trusted.
+
+    `each` [N] holds the value of every image, where the score is their mean: it gives the confidence interval, and lets two
+    candidates be compared image by image. `error` is the standard error of a score that is no mean, where it is known.
+    """
+
+    value: float
+    each: Tensor | None = None
+    error: float | None = None
+
+    @classmethod
+    def mean(cls, each: Tensor) -> Score:
+        """The score that is the mean of `each` [N]."""
+        return cls(each.double().mean().item(), each.detach().float().cpu())
 
 
 @dataclass
 class Evidence:
-    """What metrics may look at. Image sets are uint8 [N, 3, H, W]; features are computed once and shared.
+    """What metrics may look at. Image sets give uint8 [n, 3, H, W] for a slice (`fastgen.eval.images.Images`).
 
     `reference` holds real images; `floor` other real images, drawn like the reference, to see how far real is from real.
-    Real images belong to the same prompts as the generated ones, in the same order, where `paired` is true.
+    Real images belong to the same prompts as the generated ones, in the same order, where `paired` is true. `teacher` holds the
+    teacher's images of the same prompts from the same noise, in the same order. Features are computed once and shared.
     """
 
-    images: Tensor
+    images: Images
     world: World
     prompts: Sequence[str] | None = None
     scenes: Scenes | None = None
-    reference: Tensor | None = None
-    floor: Tensor | None = None
+    reference: Images | None = None
+    floor: Images | None = None
+    teacher: Images | None = None
     paired: bool = False
     device: str = "cpu"
     notes: list[str] = field(default_factory=list)
-    _features: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _features: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
-    def features(self, which: Literal["images", "reference", "floor"]) -> dict[str, Tensor]:
+    def features(self, which: ImageSet, extractor: str | None = None) -> dict[str, Tensor]:
         """Feature vectors [N, D] of one of the image sets, float64 on the CPU: `fid` for distances, `prc` for neighbourhoods.
 
-        Raises UserError when any is not finite.
+        `extractor` names one that torch-fidelity knows; by default the world's. Raises UserError when one is not finite.
         """
-        if which not in self._features:
-            images = getattr(self, which)
-            self._features[which] = extract(images, self.world, device=self.device, name=which)
-        return self._features[which]
+        world = self.world if extractor in (None, self.world.features) else replace(self.world, features=extractor)
+        key = (which, world.features)
+        if key not in self._features:
+            self._features[key] = extract(getattr(self, which), world, device=self.device, name=which)
+        return self._features[key]
 
     def note(self, sentence: str) -> None:
         """Keep a sentence for the reader of the result; the same one only once."""
@@ -68,29 +92,46 @@ class Reading:
 
 @dataclass(frozen=True)
 class Metric:
-    """A named function from evidence to numbers, what it needs, and how its numbers are shown."""
+    """A named function from evidence to scores, what it needs, how its numbers are shown, and where it is used.
+
+    `worlds` names the worlds whose pictures it can measure; what is not `usual` is measured only when asked for by name.
+    """
 
     name: str
     needs: tuple[Need, ...]
     readings: dict[str, Reading]
-    compute: Callable[[Evidence], dict[str, float]]
+    compute: Callable[[Evidence], Mapping[str, float | Score]]
+    worlds: tuple[str, ...] = ("toy", "photo")
+    usual: bool = True
 
     def missing(self, evidence: Evidence) -> list[str]:
         """Which needs the evidence does not meet."""
         return [need for need in self.needs if getattr(evidence, need) is None]
 
+    def measure(self, evidence: Evidence) -> dict[str, Score]:
+        """The scores by key."""
+        found = self.compute(evidence)
+        return {key: value if isinstance(value, Score) else Score(float(value)) for key, value in found.items()}
+
 
 _REGISTRY: dict[str, Metric] = {}
 
 
-def metric(name: str, *, needs: tuple[Need, ...], readings: dict[str, Reading]) -> Callable:
+def metric(
+    name: str,
+    *,
+    needs: tuple[Need, ...],
+    readings: dict[str, Reading],
+    worlds: tuple[str, ...] = ("toy", "photo"),
+    usual: bool = True,
+) -> Callable:
     """Register a function as a metric. Raises ValueError when the name or one of its keys is taken."""
 
-    def register(compute: Callable[[Evidence], dict[str, float]]) -> Callable[[Evidence], dict[str, float]]:
+    def register(compute: Callable[[Evidence], Mapping[str, float | Score]]) -> Callable:
         taken = {key for other in _REGISTRY.values() for key in other.readings}
         if name in _REGISTRY or taken & readings.keys():
             raise ValueError(f"metric {name!r} or one of its keys {sorted(taken & readings.keys())} is registered already")
-        _REGISTRY[name] = Metric(name, needs, readings, compute)
+        _REGISTRY[name] = Metric(name, needs, readings, compute, worlds, usual)
         return compute
 
     return register

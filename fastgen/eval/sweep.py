@@ -28,11 +28,11 @@ from fastgen.data.toy.reader import correct
 from fastgen.data.toy.scenes import IMAGE_SIZE, Scenes
 from fastgen.errors import UserError
 from fastgen.eval.evaluation import REFERENCE_SEED, describe_world, real_images, score_images, toy_prompts
-from fastgen.eval.features import file_hash
 from fastgen.eval.generate import generate, load_pipeline
 from fastgen.eval.images import from_uint8, read_images
 from fastgen.eval.registry import metrics as all_metrics
 from fastgen.eval.results import REAL, Results, Row, load_images, open_results, save_images
+from fastgen.eval.weights import file_hash
 from fastgen.eval.world import PHOTO, TOY, World
 from fastgen.export.directory import MARK, read_export
 from fastgen.pipelines.base import network_name

@@ -14,7 +14,8 @@ class World:
     """The measuring networks of an evaluation.
 
     `features` names a feature extractor registered with torch-fidelity, `features_weights` a file for it where it wants one.
-    `clip` is "fastgen-toy" or an open_clip model and weights, "ViT-B-32/openai". Offline, nothing is downloaded.
+    `clip` is "fastgen-toy" or an open_clip model and weights, "ViT-B-32/openai". `weights` is a folder where files of measuring
+    networks are looked for first (`fastgen.eval.weights`). Offline, nothing is downloaded.
     """
 
     name: str
@@ -22,6 +23,7 @@ class World:
     clip: str
     features_weights: Path | None = None
     offline: bool = True
+    weights: Path | None = None
 
     def online(self) -> World:
         """The same world, allowed to download missing weights."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastgen.data.toy.reader import correct
-from fastgen.eval.images import from_uint8
-from fastgen.eval.registry import Evidence, Reading, metric
+from fastgen.eval.images import batches, from_uint8
+from fastgen.eval.registry import Evidence, Reading, Score, metric
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "texture", "axis", "background")
 READINGS = {
@@ -16,14 +18,14 @@ READINGS = {
 
 
 @metric("accuracy", needs=("images", "scenes"), readings=READINGS)
-def accuracy(evidence: Evidence) -> dict[str, float]:
+def accuracy(evidence: Evidence) -> dict[str, Score]:
     """Share of images in which everything is right, for one and two objects, and of each attribute."""
     scenes = evidence.scenes
     assert scenes is not None
-    right = correct(from_uint8(evidence.images), scenes)
-    scores = {"accuracy": right["strict"].float().mean().item()}
+    right = correct(from_uint8(torch.cat(list(batches(evidence.images)))), scenes)
+    scores = {"accuracy": Score.mean(right["strict"].float())}
     for number, name in ((1, "one"), (2, "two")):
         chosen = scenes.count == number
         if chosen.any():
-            scores[f"accuracy_{name}"] = right["strict"][chosen].float().mean().item()
-    return scores | {f"accuracy_{name}": right[name].float().mean().item() for name in ATTRIBUTES}
+            scores[f"accuracy_{name}"] = Score(right["strict"][chosen].float().mean().item())
+    return scores | {f"accuracy_{name}": Score.mean(right[name].float()) for name in ATTRIBUTES}

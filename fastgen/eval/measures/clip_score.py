@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastgen.data.toy.clip import WEIGHTS
 from fastgen.errors import UserError
-from fastgen.eval.images import to_pillow
-from fastgen.eval.registry import Evidence, Reading, metric
+from fastgen.eval.images import Images, batches, to_pillow
+from fastgen.eval.registry import Evidence, Reading, Score, metric
 from fastgen.eval.world import World
 
 READINGS = {
@@ -60,12 +60,13 @@ def _must_be_cached(name: str, weights: str) -> None:
 
 
 @torch.no_grad()
-def clip_scores(images: Tensor, prompts: list[str], world: World, *, device: str = "cpu", batch: int = 128) -> Tensor:
+def clip_scores(images: Images, prompts: list[str], world: World, *, device: str = "cpu", batch: int = 128) -> Tensor:
     """100 x cosine for each image (uint8 [N, 3, H, W]) and its prompt: [N]."""
     model, preprocess, tokenizer = load_clip(world, device)
-    scores = []
-    for start in range(0, len(images), batch):
-        pictures = torch.stack([preprocess(picture) for picture in to_pillow(images[start : start + batch].cpu())])
+    scores: list[Tensor] = []
+    for shown in batches(images, batch):
+        start = sum(map(len, scores))
+        pictures = torch.stack([preprocess(picture) for picture in to_pillow(shown.cpu())])
         seen = model.encode_image(pictures.to(device), normalize=True)  # type: ignore[operator]
         said = model.encode_text(tokenizer(prompts[start : start + batch]).to(device), normalize=True)  # type: ignore[operator]
         scores.append(100 * (seen * said).sum(1).float().cpu())
@@ -73,14 +74,14 @@ def clip_scores(images: Tensor, prompts: list[str], world: World, *, device: str
 
 
 @metric("clip_score", needs=("images", "prompts"), readings=READINGS)
-def clip_score(evidence: Evidence) -> dict[str, float]:
+def clip_score(evidence: Evidence) -> dict[str, Score]:
     """Mean CLIP score of the images, and of real images of the same prompts where there are some."""
     assert evidence.prompts is not None
     prompts = list(evidence.prompts)
-    scores = {"clip_score": clip_scores(evidence.images, prompts, evidence.world, device=evidence.device).mean().item()}
+    scores = {"clip_score": Score.mean(clip_scores(evidence.images, prompts, evidence.world, device=evidence.device))}
     if evidence.paired and evidence.reference is not None:
         real = clip_scores(evidence.reference, prompts, evidence.world, device=evidence.device)
-        scores["clip_score_real"] = real.mean().item()
+        scores["clip_score_real"] = Score(real.mean().item())
     return scores
 
 
