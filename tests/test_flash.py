@@ -200,7 +200,7 @@ def test_guidance_is_drawn_anew_for_every_batch(monkeypatch: pytest.MonkeyPatch)
     ("options", "message"),
     [
         ({"matching_weights": (0.1,)}, "matching_weights has 1 values, but mode_weights has 4 stages"),
-        ({"stage_shares": (1.0, 2.0)}, "stage_shares has 2 values, but mode_weights has 4 stages"),
+        ({"stage_shares": (1.0, 2.0)}, "stage_shares has 2 values, but there are 4 stages"),
         ({"mode_weights": ((1.0,), (1.0, 2.0), (1.0,), (1.0,))}, "rows of one length"),
         ({"mode_weights": ((0.0, 0.0),) * 4}, "none of zeros alone"),
         ({"grid": 30}, "grid = 30 must be a multiple of the 4 steps"),

@@ -210,7 +210,7 @@ def test_random_scales_are_told_to_teacher_and_student(embedded: bool) -> None:
         ({"start_steps": 4, "stop_steps": 4}, "stop_steps must be .* below start_steps = 4, not 4"),
         ({"start_steps": -8, "stop_steps": -4}, "stop_steps must be at least 1"),
         ({"factor": 1}, "factor must be at least 2, not 1"),
-        ({"stage_shares": (1.0,)}, "stage_shares has 1 values, but there are 3 stages, to 16, 8, 4 steps"),
+        ({"stage_shares": (1.0,)}, "stage_shares has 1 values, but there are 3 stages"),
     ],
 )
 def test_contradictions_are_named(options: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
+from fastgen.families.stages import Staged
 from fastgen.losses import landing, noised, snr
-from fastgen.method import Batch, Loss, Method, Need, Player
+from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Process
 from fastgen.samplers import FewStep, even_times
@@ -46,11 +47,11 @@ def truncated_snr(process: Process, t: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass
-class Staged(Method):
+class ProgressiveDistillation(Staged):
     """A student that goes through `stages` (its steps in each), taught in each by `teachers` steps of a frozen network.
 
     The first teacher is the pipeline's network, guided; a later one is the student as it was at the end of the last stage
-    that ended with the teacher's number of steps. Subclasses set `stages` and `teachers` before they call `check_stages`.
+    that ended with the teacher's number of steps.
 
     After `setup` there are `base` (the pipeline's network), `student`, `previous` (the frozen student, where one teaches),
     `scale` (the first teacher's guidance) and `told` (what a network that embeds its guidance is told; else 1).
@@ -60,22 +61,20 @@ class Staged(Method):
     guidance: float | None = field(
         default=None, metadata={"help": "guidance of the first teacher, 1 = off; none: the pipeline's own", "at_least": 1}
     )
-    stage_shares: tuple[float, ...] = field(
-        default=(), metadata={"help": "relative share of the updates for every stage; empty: equal", "above": 0}
-    )
     shift: float = field(default=1.0, metadata={"help": "moves the steps towards noise, for flow models", "above": 0})
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
     family: ClassVar[str] = "progressive"
 
-    def check_stages(self, stages: list[int], teachers: list[int] | None = None) -> None:
-        """Take up the plan, by default with every student the teacher of the next."""
-        self.stages, self.teachers, self.stage = stages, teachers or [self.start_steps, *stages[:-1]], 0
-        if self.stage_shares and len(self.stage_shares) != len(stages):
-            raise UserError(
-                f"stage_shares has {len(self.stage_shares)} values, but there are {len(stages)} stages, "
-                f"to {', '.join(map(str, stages))} steps"
-            )
+    @property
+    @abstractmethod
+    def stages(self) -> list[int]:
+        """The student's steps in each stage."""
+
+    @property
+    def teachers(self) -> list[int]:
+        """The teacher's steps in each stage: by default every student is the teacher of the next."""
+        return [self.start_steps, *self.stages[:-1]]
 
     def setup(self, pipeline: Pipeline) -> None:
         own = len({t for t in even_times(self.start_steps, pipeline.process, self.shift) if t > 0})
@@ -119,31 +118,18 @@ class Staged(Method):
 
     # -- stages -----------------------------------------------------------------------------------
 
-    def ends(self, total: int) -> list[int]:
-        """The update at which each stage ends."""
-        shares = self.stage_shares or (1.0,) * len(self.stages)
-        ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
-        if any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
-            raise UserError(f"{total} updates are too few: each of the {len(ends)} stages needs at least one")
-        return ends
-
-    def stage_end(self, step: int, total: int) -> int:
-        return next(end for end in self.ends(total) if end > step)
-
     def advance(self, step: int, total: int) -> bool:
-        stage = sum(end <= step for end in self.ends(total)[:-1])
-        if stage == self.stage:
-            return False
-        before, self.stage = self.teachers[self.stage], stage
-        if self.teachers[stage] != before:
+        before = self.teachers[self.stage]
+        moved = super().advance(step, total)
+        if self.teachers[self.stage] != before:
             self.hand_over()
-        return True
+        return moved
 
     def state(self) -> dict[str, Any]:
-        return {"stage": self.stage} | ({"previous": self.previous.state_dict()} if self.previous else {})
+        return super().state() | ({"previous": self.previous.state_dict()} if self.previous else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.stage = int(state["stage"])
+        super().load_state(state)
         if self.previous is not None:
             self.previous.load_state_dict(state["previous"])
 

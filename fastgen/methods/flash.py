@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgen.critics import FeatureCritic, feature_shapes
 from fastgen.denoiser import Condition, Denoiser, Guided
 from fastgen.errors import UserError
+from fastgen.families.stages import Staged
 from fastgen.losses import (
     contrast,
     least_squares_critic,
@@ -24,7 +25,7 @@ from fastgen.losses import (
     squared,
     uniform_times,
 )
-from fastgen.method import Batch, Loss, Method, Need, Player
+from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.rollouts import walk
 from fastgen.samplers import FewStep, even_times
@@ -34,7 +35,7 @@ LEVELS = (0.011, 0.251, 0.501, 0.751)
 
 
 @dataclass
-class Flash(Method):
+class Flash(Staged):
     """Flash Diffusion (Chadebec et al. 2025).
 
     Data is noised to a point of the teacher's grid, and the student's clean estimate there is pulled to where the teacher, with
@@ -70,21 +71,17 @@ class Flash(Method):
         default=(0.0, 0.1, 0.2, 0.3), metadata={"help": "for each stage, weight of the GAN term", "at_least": 0}
     )
     real: Literal["data", "teacher"] = field(default="data", metadata={"help": "what the discriminator is to take for real"})
-    stage_shares: tuple[float, ...] = field(
-        default=(), metadata={"help": "relative share of the updates for every stage; empty: equal", "above": 0}
-    )
     shift: float = field(default=1.0, metadata={"help": "moves grid and steps towards noise, for flow models", "above": 0})
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
     family: ClassVar[str] = "distribution matching"
 
     def __post_init__(self) -> None:
-        stages = len(self.mode_weights)
-        for name in ("matching_weights", "gan_weights", "stage_shares"):
-            given = getattr(self, name)
-            if len(given) != stages and not (name == "stage_shares" and not given):
-                raise UserError(f"{name} has {len(given)} values, but mode_weights has {stages} stages")
-        self.modes = len(self.mode_weights[0]) if stages else 0
+        for name in ("matching_weights", "gan_weights"):
+            if len(given := getattr(self, name)) != len(self.stages):
+                raise UserError(f"{name} has {len(given)} values, but mode_weights has {len(self.stages)} stages")
+        self.check_stages()
+        self.modes = len(self.mode_weights[0]) if self.mode_weights else 0
         if not self.modes or any(len(row) != self.modes or min(row) < 0 or not sum(row) for row in self.mode_weights):
             raise UserError("mode_weights must be rows of one length, none negative and none of zeros alone")
         if self.grid < self.modes or self.grid % self.modes:
@@ -92,7 +89,10 @@ class Flash(Method):
         if not self.guidance_low <= self.guidance_high:
             low, high = f"guidance_low = {self.guidance_low:g}", f"guidance_high = {self.guidance_high:g}"
             raise UserError(f"{low} must be at most {high}")
-        self.stage = 0
+
+    @property
+    def stages(self) -> tuple[tuple[float, ...], ...]:
+        return self.mode_weights
 
     def setup(self, pipeline: Pipeline) -> None:
         self.process, self.device = pipeline.process, pipeline.device
@@ -129,10 +129,11 @@ class Flash(Method):
         return FewStep(even_times(steps, self.process, self.shift), gamma=1.0, guidance=self.told)
 
     def advance(self, step: int, total: int) -> bool:
-        shares = self.stage_shares or (1.0,) * len(self.mode_weights)
-        ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
-        self.stage = sum(end <= step for end in ends[:-1])
-        return False
+        super().advance(step, total)
+        return False  # one optimisation, whose terms change weight
+
+    def stage_end(self, step: int, total: int) -> int:
+        return total
 
     def start_probabilities(self) -> Tensor:
         """How often each step of the grid, [grid], is the start in the present stage."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen.critics import TransitionCritic
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
-from fastgen.families.progressive import Staged, truncated_snr
+from fastgen.families.progressive import ProgressiveDistillation, truncated_snr
 from fastgen.losses import approximate_r1, nonsaturating_critic, nonsaturating_student, pseudo_huber, squared
 from fastgen.method import Batch, Loss, Player
 from fastgen.pipelines.base import Pipeline
@@ -23,7 +23,7 @@ PAIR: tuple[Objective, ...] = ("conditional", "unconditional")
 
 
 @dataclass
-class Lightning(Staged):
+class Lightning(ProgressiveDistillation):
     """SDXL-Lightning, progressive adversarial distillation (Lin et al. 2024).
 
     Every stage has its number of steps and its objective. "mse" is progressive distillation, the only stage that takes
@@ -87,14 +87,23 @@ class Lightning(Staged):
         if self.keep_teacher and self.keep_teacher not in (self.start_steps, *steps):
             known = f"start_steps = {self.start_steps} or of student_steps = {steps}"
             raise UserError(f"keep_teacher = {self.keep_teacher} is none of {known}")
-        teachers = [self.start_steps]
-        for before, now in pairwise(steps):
-            teachers.append(teachers[-1] if now == before or teachers[-1] == self.keep_teacher else before)
-        for teacher, own in zip(teachers, steps, strict=True):
+        for teacher, own in zip(self.teachers, steps, strict=True):
             if own >= teacher or teacher % own:
                 raise UserError(f"a student of {own} steps cannot follow a teacher of {teacher}: {teacher} must be a multiple")
-        self.check_stages(steps, teachers)
+        self.check_stages()
         self.late = False
+
+    @property
+    def stages(self) -> list[int]:
+        return list(self.student_steps)
+
+    @property
+    def teachers(self) -> list[int]:
+        """In both stages of a pair the same; from `keep_teacher` on that."""
+        teachers = [self.start_steps]
+        for before, now in pairwise(self.student_steps):
+            teachers.append(teachers[-1] if now == before or teachers[-1] == self.keep_teacher else before)
+        return teachers
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
@@ -125,8 +134,7 @@ class Lightning(Staged):
         moved = super().advance(step, total)
         if moved:
             self.renew()
-        begin, end = ([0, *self.ends(total)][self.stage + i] for i in range(2))
-        self.late = 2 * (step - begin) >= end - begin
+        self.late = self.stage_share(step, total) >= 0.5
         return moved
 
     def load_state(self, state: dict[str, Any]) -> None:

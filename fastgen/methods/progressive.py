@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fastgen.denoiser import Denoiser, Guided
 from fastgen.errors import UserError
-from fastgen.families.progressive import Staged, divided, truncated_snr
+from fastgen.families.progressive import ProgressiveDistillation, divided, truncated_snr
 from fastgen.losses import pseudo_huber, snr, squared
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 
 
 @dataclass
-class Progressive(Staged):
+class Progressive(ProgressiveDistillation):
     """Progressive distillation (Salimans and Ho 2022), guidance taken in at the first stage (Meng et al. 2023).
 
     The first teacher is the pipeline at `start_steps` DDIM steps, each later one the student of the stage before, frozen.
@@ -49,7 +49,7 @@ class Progressive(Staged):
     )
 
     def __post_init__(self) -> None:
-        self.check_stages(divided(self.start_steps, self.stop_steps, self.factor))
+        self.check_stages()
         low, high, scale = self.guidance_low, self.guidance_high, self.guidance
         if (low is None) != (high is None):
             raise UserError(f"guidance_low = {low} and guidance_high = {high} are given together or not at all")
@@ -60,6 +60,10 @@ class Progressive(Staged):
         if scale is not None and not low <= scale <= high:
             trained = f"guidance_low = {low:g} to guidance_high = {high:g}"
             raise UserError(f"guidance = {scale:g} is outside what the student is trained for, {trained}")
+
+    @property
+    def stages(self) -> list[int]:
+        return divided(self.start_steps, self.stop_steps, self.factor)
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

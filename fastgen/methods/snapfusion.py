@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
-from fastgen.families.progressive import Staged, divided, truncated_snr
+from fastgen.families.progressive import ProgressiveDistillation, divided, truncated_snr
 from fastgen.losses import shared_uniform, squared, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
@@ -19,7 +19,7 @@ TINY = 1e-12
 
 
 @dataclass
-class SnapFusion(Staged):
+class SnapFusion(ProgressiveDistillation):
     """SnapFusion's step distillation with guidance in the loss (Li et al. 2023, section 4.2).
 
     Most updates are progressive distillation of the bare network: one step lands where the teacher's two do. A share
@@ -51,10 +51,14 @@ class SnapFusion(Staged):
     )
 
     def __post_init__(self) -> None:
-        self.check_stages(divided(self.start_steps, self.stop_steps, self.factor))
+        self.check_stages()
         if self.guidance_low > self.guidance_high:
             low, high = self.guidance_low, self.guidance_high
             raise UserError(f"guidance_low = {low:g} must be at most guidance_high = {high:g}")
+
+    @property
+    def stages(self) -> list[int]:
+        return divided(self.start_steps, self.stop_steps, self.factor)
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.families.consistency import AdversarialConsistency
+from fastgen.families.stages import Staged
 from fastgen.samplers import FewStep
 
 ADVERSARIAL_PARTS = 2
@@ -18,7 +19,7 @@ ADVERSARIAL_PARTS = 2
 
 
 @dataclass
-class TSCD(AdversarialConsistency):
+class TSCD(Staged, AdversarialConsistency):
     """Trajectory segmented consistency distillation, the base of Hyper-SD (Ren et al. 2024).
 
     In every stage the trajectory is cut into `segments` parts, and the student's jumps end at a random time between the clean
@@ -31,9 +32,6 @@ class TSCD(AdversarialConsistency):
     """
 
     segments: tuple[int, ...] = field(default=(8, 4, 2, 1), metadata={"help": "segments of the trajectory, stage by stage"})
-    stage_shares: tuple[float, ...] = field(
-        default=(), metadata={"help": "relative share of the updates for every stage; empty: equal", "above": 0}
-    )
     gamma: float | None = field(
         default=None,
         metadata={"help": "share of noise renewed between calls; none: 0.3 on a table, else 0", "at_least": 0, "at_most": 1},
@@ -44,7 +42,7 @@ class TSCD(AdversarialConsistency):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts, self.stage = self.segments, 0
+        parts = self.segments
         falling = min(parts, default=1) >= 1 and all(a > b and a % b == 0 for a, b in pairwise(parts))
         if not falling or len(parts) < self.least_stages:
             raise UserError(f"segments must fall from stage to stage, each a divisor of the one before, not {list(parts)}")
@@ -52,8 +50,7 @@ class TSCD(AdversarialConsistency):
             raise UserError(f"segments = {list(parts)} are more than the points of grid = {self.grid}")
         if self.steps % min(parts, default=1):
             raise UserError(f"steps = {self.steps} must be a multiple of the last of segments = {list(parts)}")
-        if self.stage_shares and len(self.stage_shares) != len(self.stages):
-            raise UserError(f"stage_shares has {len(self.stage_shares)} values, but there are {len(self.stages)} stages")
+        self.check_stages()
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -87,27 +84,3 @@ class TSCD(AdversarialConsistency):
         if sampler.steps % self.parts:
             raise UserError(f"so far the student's jumps keep to {self.parts} segments; steps must be a multiple, not {steps}")
         return sampler
-
-    def ends(self, total: int) -> list[int]:
-        """The update at which each stage ends."""
-        shares = self.stage_shares or (1.0,) * len(self.stages)
-        ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
-        if any(a >= b for a, b in pairwise([0, *ends])):
-            raise UserError(f"{total} updates are too few: each of the {len(ends)} stages needs at least one")
-        return ends
-
-    def stage_end(self, step: int, total: int) -> int:
-        return next(end for end in self.ends(total) if end > step)
-
-    def advance(self, step: int, total: int) -> bool:
-        super().advance(step, total)
-        stage = sum(end <= step for end in self.ends(total)[:-1])
-        moved, self.stage = stage != self.stage, stage
-        return moved
-
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"stage": self.stage}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self.stage = int(state["stage"])
