@@ -68,9 +68,21 @@ class Mixture:
         return torch.logsumexp(self._joint(xt.double(), *self.process.coefficients(t, xt.double()), condition), 1)
 
     def __call__(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
-        """The Bayes-optimal prediction at `xt` [B, ...] and `t` [B]; it has no features and embeds no guidance."""
+        """The Bayes-optimal prediction at `xt` [B, ...] and `t` [B]; it has no features and embeds no guidance.
+
+        Raises ValueError for an `end`, of which it knows nothing.
+        """
+        if end is not None:
+            raise ValueError("a perfect denoiser has no input for the time at which a step ends")
         x0, eps = self._posterior(xt.double(), *self.process.coefficients(t, xt.double()), condition)
         output = self.process.target(self.kind, x0, eps, t)
         return Prediction(output.to(torch.promote_types(xt.dtype, torch.float32)), self.kind, xt, t, self.process)
@@ -142,12 +154,13 @@ class Gaussian(Mixture):
 
 
 class Exact:
-    """The perfect few-step student of a `Mixture`: its jump from `t` lands exactly where the ODE is at time `end(t)`.
+    """The perfect few-step student of a `Mixture`: its jump from `t` lands exactly where the ODE is at the end of the step.
 
-    With the default `end`, time 0, it is the consistency function.
+    That is the time it is told in a call, or else `end(t)`. With the default, time 0, it is the consistency function; told no
+    step at all (`end` is t itself) it answers as the teacher does.
     """
 
-    embeds_guidance = False
+    embeds_guidance, takes_end = False, True
 
     def __init__(
         self,
@@ -160,10 +173,17 @@ class Exact:
         self.process = teacher.process
 
     def __call__(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
         """As `Denoiser.forward`; `guidance` is not looked at."""
-        end = self.end(t)
+        end = self.end(t) if end is None else end
         landed = self.teacher.flow_map(xt, t, end, condition, self.guidance)
         # On the circle of `flow_map` a jump is the rotation z_end = cos(turn) z - sin(turn) v, which is solved for v.
         # Its limit for no turn at all is the teacher's v.

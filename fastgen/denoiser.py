@@ -183,7 +183,14 @@ class Predicts(Protocol):
     def embeds_guidance(self) -> bool: ...
 
     def __call__(
-        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Tensor | None = None, features: Sequence[str] = ()
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction: ...
 
 
@@ -337,20 +344,19 @@ class Guided:
     ) -> Prediction:
         """As `Denoiser.forward`; `guidance` [B], where given, takes the place of `scale`."""
         scale = self.scale if guidance is None else guidance
-        stop: dict[str, Any] = {} if end is None else {"end": end}
         if self.denoiser.embeds_guidance:
             told = torch.as_tensor(scale, device=xt.device, dtype=torch.float32).expand(len(xt))
-            return self.denoiser(xt, t, condition, guidance=told, features=features, **stop)
+            return self.denoiser(xt, t, condition, guidance=told, features=features, end=end)
         if not isinstance(scale, Tensor) and scale == 1:
-            return self.denoiser(xt, t, condition, features=features, **stop)
+            return self.denoiser(xt, t, condition, features=features, end=end)
         if condition.null is None:
             raise UserError(f"guidance {scale} needs an unconditional twin, which this condition lacks; use a scale of 1")
         if isinstance(scale, Tensor):
             scale = scale.view(-1, *[1] * (xt.ndim - 1)).to(xt)
         t = t.expand(len(xt)) if t.ndim <= 1 else t
         both = Condition.cat([condition, condition.null])
-        stop = {} if end is None else {"end": torch.cat([end, end])}
-        double = self.denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both, features=features, **stop)
+        ends = None if end is None else torch.cat([end, end])
+        double = self.denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both, features=features, end=ends)
         yes, no = double.output.chunk(2)
         seen = {name: x.chunk(2)[0] for name, x in double.features.items()} if double.features else None
         combine: Guide = getattr(self.denoiser, "guide", guide)
@@ -382,15 +388,16 @@ class Retimed:
         end: Tensor | None = None,
     ) -> Prediction:
         inner = self.denoiser.process
-        stop: dict[str, Any] = {}
-        if end is not None:
-            stop = {"end": inner.time_at(self.process.ratio(end.double())).to(t.dtype)}
+
+        def matched(time: Tensor) -> Tensor:
+            return inner.time_at(self.process.ratio(time.double())).to(t.dtype)
+
+        t_inner, end_inner = matched(t), None if end is None else matched(end)
         alpha, sigma = self.process.coefficients(t, xt)
-        t_inner = inner.time_at(self.process.ratio(t.double())).to(t.dtype)
         alpha_inner, sigma_inner = inner.coefficients(t_inner, xt)
         # Either ratio would do; each is safe where the other divides by zero.
         scale = torch.where(alpha > sigma, alpha_inner / alpha.clamp_min(1e-6), sigma_inner / sigma.clamp_min(1e-6))
-        prediction = self.denoiser(xt * scale, t_inner, condition, guidance=guidance, features=features, **stop)
+        prediction = self.denoiser(xt * scale, t_inner, condition, guidance=guidance, features=features, end=end_inner)
         # As v, which determines x0 and eps well at both ends of the process.
         v = self.process.target("v", *prediction.solve(), t)
         return Prediction(v, "v", xt, t, self.process, prediction.features)

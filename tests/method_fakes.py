@@ -189,7 +189,6 @@ def train(
     weights: dict[str, list[nn.Parameter]] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     start, length = 0, updates
-    stages = len(getattr(method, "stages", [0]))
     for step in range(updates):
         if method.advance(step, updates) or not optimizers:
             for weight in (weight for some in weights.values() for weight in some):
@@ -197,7 +196,7 @@ def train(
             players = list(method.players())
             weights = {player.name: [w for w in player.weights.parameters() if w.requires_grad] for player in players}
             optimizers = {p.name: torch.optim.Adam(weights[p.name], lr * p.lr_scale, betas) for p in players}
-            start, length = step, updates // stages
+            start, length = step, method.stage_end(step, updates) - step
         for player in players:
             if (step + 1) % player.every:
                 continue

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastgen.analytic import Gaussian
 from fastgen.denoiser import Condition, Guided, Retimed
 from fastgen.errors import UserError
 from fastgen.pipelines import LoraOptions, Pipeline
@@ -70,8 +71,10 @@ def test_through_wrappers_and_groups() -> None:
     torch.testing.assert_close(seen.eps, student(xt, t, condition, end=end).eps, rtol=1e-3, atol=1e-4)
     student.groups = lambda some: [torch.tensor([1]), torch.tensor([0])] if len(some) == 2 else []
     torch.testing.assert_close(student(xt, t, condition, end=end).output, yes)
-    with pytest.raises(ValueError, match="no input for the time at which a step ends"):
-        pipeline.frozen()(xt, t, condition, end=end)  # type: ignore[call-arg]
+    perfect = Gaussian(torch.zeros(3), 1.0, TABLE)
+    for other, what in ((pipeline.frozen(), condition), (Guided(perfect, 1.0), perfect.unconditional(2))):
+        with pytest.raises(ValueError, match="no input for the time at which a step ends"):
+            other(xt, t, what, end=end)
 
 
 @pytest.mark.parametrize("way", ["central", "semi"])

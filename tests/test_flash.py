@@ -105,7 +105,7 @@ def test_matching_by_hand() -> None:
     index = (1000 * torch.rand(16)).long()
     table = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[index]
     a, s = table.sqrt().float()[:, None], (1 - table).sqrt().float()[:, None]
-    noise, omega = torch.randn(16, 3), 3 + 10 * torch.rand(1)
+    omega, noise = 3 + 10 * torch.rand(1), torch.randn(16, 3)
     with torch.no_grad():
         xt, t = a * x + s * noise, (index + 1) / 1000
         mask, null = batch.condition.inputs["components"], batch.condition.null.inputs["components"]
@@ -243,7 +243,9 @@ class Featured:
     def __init__(self, teacher: Mixture, network: Denoiser):
         self.teacher, self.network, self.process = teacher, network, teacher.process
 
-    def __call__(self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Any = None, features: Any = ()) -> Prediction:
+    def __call__(
+        self, xt: Tensor, t: Tensor, condition: Condition, *, guidance: Any = None, features: Any = (), end: Any = None
+    ) -> Prediction:
         prediction = self.teacher(xt, t, condition)
         if features:
             prediction.features = self.network(xt, t, condition, features=features).features

@@ -92,7 +92,7 @@ def test_score_distillation_of_one_step() -> None:
     (gradient,) = torch.autograd.grad(method.matching(x, condition), x)
     assert gradient.abs().max() < 1e-7
     with torch.no_grad():
-        method.fake.network.leave.bias.add_(1.0)
+        method.fake_score.network.leave.bias.add_(1.0)
     torch.manual_seed(7)
     (gradient,) = torch.autograd.grad(method.matching(x, condition), x)
     torch.manual_seed(7)
@@ -115,7 +115,7 @@ def test_the_fake_score_learns_from_samples_of_one_step() -> None:
     assert all(
         g is None for g in torch.autograd.grad(loss, list(method.student.parameters()), retain_graph=True, allow_unused=True)
     )
-    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, list(method.fake.parameters()))) > 0
+    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, list(method.fake_score.parameters()))) > 0
 
 
 @pytest.mark.parametrize("exit_at", [0, 2])

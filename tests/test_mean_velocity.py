@@ -13,7 +13,7 @@ from fastgen.denoiser import Retimed
 from fastgen.errors import UserError
 from fastgen.methods.mean_flow import MeanFlow
 from fastgen.methods.shortcut import Shortcut
-from fastgen.process import Flow, Kind, Prediction
+from fastgen.process import Flow, Kind
 from fastgen.samplers import FewStep, MeanVelocity, even_times
 from tests.method_fakes import PROCESSES, TABLE, FakePipeline, batches, learn_teacher, train, wasserstein
 
@@ -36,20 +36,9 @@ def woken(method: Any) -> Any:
     return method
 
 
-class ExactMean:
-    """The perfect student of a teacher with a closed form: one step lands where the flow leads."""
-
-    embeds_guidance, takes_end = False, True
-
-    def __init__(self, teacher: Mixture):
-        self.teacher, self.process = teacher, teacher.process
-
-    def __call__(
-        self, xt: Tensor, t: Tensor, condition: Any, *, guidance: Any = None, features: Any = (), end: Tensor | None = None
-    ) -> Prediction:
-        stop = t if end is None else end
-        # Where there is no step `Exact` answers as the teacher does.
-        return Exact(self.teacher, lambda _: stop)(xt, t, condition)
+def exact_mean(teacher: Mixture) -> Exact:
+    """The perfect student of a teacher with a closed form: one step lands where the flow leads, none is the teacher."""
+    return Exact(teacher, lambda t: t)
 
 
 @pytest.mark.parametrize("way", ["exact", "central"])
@@ -60,7 +49,7 @@ def test_the_exact_mean_velocity_is_a_fixed_point(process: str, kind: Kind, way:
     pipeline = FakePipeline(p, teacher=teacher, labels=1)
     batch = next(batches(pipeline, 64, ("0",)))
     method = ready(MeanFlow, pipeline, guidance=1.0, power=0.0, tangent=way)
-    method.flow = Retimed(ExactMean(teacher), Flow())
+    method.flow = Retimed(exact_mean(teacher), Flow())
     assert float(method.loss(batch)["mean_flow"]) < 1e-5  # squares; the velocities themselves are about 1
     method.flow = Retimed(teacher, Flow())
     method.mean_velocity = lambda x, t, s, condition: method.flow(x, t, condition).flow
@@ -69,7 +58,7 @@ def test_the_exact_mean_velocity_is_a_fixed_point(process: str, kind: Kind, way:
     found = []
     for finest in (8, 32):
         short = ready(Shortcut, pipeline, guidance=1.0, bootstrap=1.0, finest=finest)
-        short.student = ExactMean(teacher)
+        short.student = exact_mean(teacher)
         torch.manual_seed(0)
         found.append(float(short.loss(batch)["shortcut"]))
     assert found[0] < 0.05 and found[1] < found[0] / 6
@@ -172,7 +161,7 @@ def test_the_sampler_lands_where_the_flow_leads(process: str, kind: Kind) -> Non
     for steps in (1, 2, 4):
         sampler = method.sampler(steps)
         assert sampler == MeanVelocity(even_times(steps, p)) and sampler.steps == steps
-        torch.testing.assert_close(sampler.sample(ExactMean(teacher), noise, condition), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sampler.sample(exact_mean(teacher), noise, condition), exact, rtol=1e-5, atol=1e-5)
     assert (FewStep(even_times(4)).sample(teacher, noise, condition) - exact).abs().max() > 0.05
     if process == "flow":
         # The formula of the paper.

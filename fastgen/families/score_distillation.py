@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgen.critics import ScoreCritic
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
-from fastgen.losses import contrast, denoising, shared_choice, uniform_times
+from fastgen.losses import denoising, distribution_matching, shared_choice, uniform_times
 from fastgen.method import Batch, Loss, Method, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction, Process, unshift_time
@@ -137,13 +137,14 @@ class ScoreDistillation(Method):
     def student_loss(self, batch: Batch) -> Loss:
         """The student's loss, which takes gradients through `generate` or `last_call`."""
 
+    def score_times(self, count: int) -> Tensor:
+        """Times [B] between `low` and `high` at which the scores are compared."""
+        return uniform_times(self.process, count, low=self.low, high=self.high, shift=self.noise_shift, device=self.device)
+
     def matching(self, x: Tensor, condition: Condition) -> Tensor:
         """The distribution matching loss of the student's samples `x` (DMD2, equation 2)."""
-        with torch.no_grad():
-            t = uniform_times(self.process, len(x), low=self.low, high=self.high, shift=self.noise_shift, device=x.device)
-            xt = self.process.add_noise(x, torch.randn_like(x), t)
-            fake, real = self.fake(xt, t, condition).x0, self.teacher(xt, t, condition).x0
-        return contrast(x, fake, real)
+        t = self.score_times(len(x))
+        return distribution_matching(x, t, condition, self.fake, self.teacher)
 
     def compared(
         self, prediction: Prediction, s: Tensor, t: Tensor, fake: Predicts, condition: Condition

@@ -164,8 +164,9 @@ class Unconditional:
         *,
         guidance: Tensor | None = None,
         features: Sequence[str] = (),
+        end: Tensor | None = None,
     ) -> Prediction:
         """As `Denoiser.forward`, with the null condition in the place of `condition`."""
         if condition.null is None:
             raise UserError("an unconditional score needs a condition with a null twin, which this pipeline's has not")
-        return self.denoiser(xt, t, condition.null, guidance=guidance, features=features)
+        return self.denoiser(xt, t, condition.null, guidance=guidance, features=features, end=end)

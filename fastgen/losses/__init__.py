@@ -10,9 +10,8 @@ from fastgen.losses.adversarial import (
     least_squares_student,
     nonsaturating_critic,
     nonsaturating_student,
-    relativistic,
 )
-from fastgen.losses.contrast import contrast, pull
+from fastgen.losses.contrast import contrast, distribution_matching, pull
 from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
 from fastgen.losses.distances import pseudo_huber, snr, squared, wide
 from fastgen.losses.draws import logit_normal_times, shared_choice, shared_uniform, uniform_times
@@ -21,6 +20,7 @@ __all__ = [
     "approximate_r1",
     "contrast",
     "denoising",
+    "distribution_matching",
     "hinge_critic",
     "hinge_student",
     "kernel",
@@ -35,7 +35,6 @@ __all__ = [
     "nonsaturating_student",
     "pseudo_huber",
     "pull",
-    "relativistic",
     "shared_choice",
     "shared_uniform",
     "snr",

@@ -41,12 +41,6 @@ def least_squares_student(fake: Tensor) -> Tensor:
     return 0.5 * (wide(fake) - 1).square().mean()
 
 
-def relativistic(ahead: Tensor, behind: Tensor) -> Tensor:
-    """-log of `ahead` being the more real of each pair (Jolicoeur-Martineau 2018): the critic's loss of (real, fake), the
-    student's of (fake, real)."""
-    return F.softplus(wide(behind) - wide(ahead)).mean()
-
-
 def approximate_r1(critic: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor, noise: float = 0.1) -> Tensor:
     """Squared change of the `logits` of real samples `x` under a little noise: R1 without second derivatives.
 

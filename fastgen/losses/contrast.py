@@ -6,7 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.denoiser import Condition, Predicts
 from fastgen.losses.distances import wide
+
+
+def distribution_matching(
+    x: Tensor, t: Tensor, condition: Condition, fake: Predicts, real: Predicts, guidance: Tensor | None = None
+) -> Tensor:
+    """The distribution matching loss of the student's samples `x` [B, ...] (DMD2, equation 2), noised to times `t` [B].
+
+    `fake` is the fake score and `real` the guided teacher, which is told `guidance` [B] where that is given. Neither gets a
+    gradient.
+    """
+    with torch.no_grad():
+        xt = fake.process.add_noise(x, torch.randn_like(x), t)
+        estimates = fake(xt, t, condition).x0, real(xt, t, condition, guidance=guidance).x0
+    return contrast(x, *estimates)
 
 
 def contrast(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float = 1.0) -> Tensor:

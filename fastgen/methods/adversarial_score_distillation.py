@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Condition, Guided, Predicts
 from fastgen.families.score_distillation import ScoreDistillation
-from fastgen.losses import squared, uniform_times
+from fastgen.losses import pull, squared, uniform_times
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 
@@ -65,11 +65,10 @@ class AdversarialScoreDistillation(ScoreDistillation):
     def adversary(self, x: Tensor, condition: Condition) -> Tensor:
         """The generator's loss of the student's samples `x`: the discriminator's gradient, put on them."""
         with torch.no_grad():
-            t = uniform_times(self.process, len(x), low=self.low, high=self.high, shift=self.noise_shift, device=x.device)
+            t = self.score_times(len(x))
             xt = self.process.add_noise(x, torch.randn_like(x), t)
             fake, real = self.fake(xt, t, condition).x0, self.teacher(xt, t, condition).x0
             # sigma^2 (eps_teacher - eps_fake) is alpha sigma (x_fake - x_teacher), finite at both ends; over alpha, 1 of it.
             alpha, sigma = self.process.coefficients(t, x)
             weight = alpha * sigma if self.weight == "sigma_squared" else torch.ones_like(alpha)
-            gradient = torch.nan_to_num(weight * (fake - real), nan=0.0, posinf=0.0, neginf=0.0)
-        return 0.5 * squared(x, x.detach() - gradient)
+        return pull(x, weight * (fake - real))

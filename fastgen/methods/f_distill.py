@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from fastgen.errors import UserError
-from fastgen.losses import contrast, nonsaturating_student, uniform_times
+from fastgen.losses import contrast, nonsaturating_student
 from fastgen.method import Batch, Loss
 from fastgen.methods.dmd2 import DMD2
 from fastgen.pipelines.base import Pipeline
@@ -75,7 +75,7 @@ class FDistill(DMD2):
 
     def student_loss(self, batch: Batch) -> Loss:
         x = self.generate(batch)
-        t = uniform_times(self.process, len(x), low=self.low, high=self.high, shift=self.noise_shift, device=x.device)
+        t = self.score_times(len(x))
         xt = self.process.add_noise(x, torch.randn_like(x), t)
         fake = self.fake(xt, t, batch.condition, features=self.critic.layers)
         logits = self.critic.logits(fake.features)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.denoiser import Condition, Denoiser, Guided
+from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
-from fastgen.losses import contrast, denoising, shared_choice, squared, uniform_times
+from fastgen.losses import denoising, distribution_matching, shared_choice, squared, uniform_times
 from fastgen.method import Batch, Loss, Player
 from fastgen.methods.tscd import TSCD
 from fastgen.pipelines.base import Pipeline
@@ -71,13 +71,13 @@ class HyperSD(TSCD):
         super().setup(pipeline)
         self.decode, self.process = pipeline.decode, pipeline.process
         self.judges: list[Reward] = [load_reward(name, pipeline.device) for name in self.rewards]
-        self.fake: Denoiser | None = None
+        self.fake: Predicts | None = None
         self.anchor: Denoiser | None = None
         if self.score_weight:
             scale = pipeline.default_guidance if self.score_guidance is None else self.score_guidance
             self.real = Guided(self.frozen, scale)
-            self.fake = pipeline.trainable("fake_score")
-            self.fake_scale = scale if self.fake.embeds_guidance else 1.0
+            self.fake_score = pipeline.trainable("fake_score")
+            self.fake = Guided(self.fake_score, scale if self.fake_score.embeds_guidance else 1.0)
         if self.score_weight and self.anchor_weight:
             self.anchor = pipeline.trainable("anchor", guidance_embedding=self.embed_guidance).requires_grad_(False)
             if self.anchor.state_dict().keys() != self.student.state_dict().keys():
@@ -87,7 +87,7 @@ class HyperSD(TSCD):
         players = super().players()
         if self.fake is None or not self.is_last:
             return players
-        return [Player("fake_score", self.fake, self.fake_loss, lr_scale=self.fake_lr_scale), *players]
+        return [Player("fake_score", self.fake_score, self.fake_loss, lr_scale=self.fake_lr_scale), *players]
 
     def advance(self, step: int, total: int) -> bool:
         moved = super().advance(step, total)
@@ -127,19 +127,15 @@ class HyperSD(TSCD):
     def matching(self, x: Tensor, condition: Condition) -> Tensor:
         """The distribution matching loss of the samples `x`."""
         assert self.fake is not None
-        with torch.no_grad():
-            t = uniform_times(self.process, len(x), low=0.02, high=0.98, shift=self.shift, device=x.device)
-            xt = self.process.add_noise(x, torch.randn_like(x), t)
-            fake, real = Guided(self.fake, self.fake_scale)(xt, t, condition).x0, self.real(xt, t, condition).x0
-        return contrast(x, fake, real)
+        t = uniform_times(self.process, len(x), low=0.02, high=0.98, shift=self.shift, device=x.device)
+        return distribution_matching(x, t, condition, self.fake, self.real)
 
     def fake_loss(self, batch: Batch) -> Loss:
         assert self.fake is not None and batch.latents is not None
         with torch.no_grad():
             x = self.single(self.student, torch.randn_like(batch.latents), batch.condition)
         t = uniform_times(self.process, len(x), shift=self.shift, device=x.device)
-        fake = Guided(self.fake, self.fake_scale)
-        return {"score": denoising(fake, x, torch.randn_like(x), t, batch.condition)}
+        return {"score": denoising(self.fake, x, torch.randn_like(x), t, batch.condition)}
 
     def feedback(self, noise: Tensor, batch: Batch) -> Tensor:
         """How far the rewards of the clean estimates at a random call stay below the margin, their sum, mean over the batch."""

@@ -84,7 +84,7 @@ class MeanFlow(MeanVelocities):
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
         """The student's mean velocity from `t` down to `s`, flow times [B]."""
-        return self.flow(x, t, condition, guidance=self.scales(len(x)), end=s).flow  # type: ignore[call-arg]
+        return self.flow(x, t, condition, guidance=self.scales(len(x)), end=s).flow
 
     def change(self, xt: Tensor, t: Tensor, s: Tensor, condition: Condition, speed: Tensor) -> Tensor:
         """du / dt along the trajectory, s held: forward mode with the tangents (v, 1, 0)."""

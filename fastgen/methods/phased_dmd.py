@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,7 @@ class Experts(Denoiser):
         first, last = (self.expert_at(float(time)) for time in (t.max(), t.min()))
         if first != last:
             raise ValueError(f"times from {float(t.min()):g} to {float(t.max()):g} belong to different experts")
-        stop: dict[str, Any] = {} if end is None else {"end": end}
-        answer: Prediction = self.experts[first](xt, t, condition, guidance=guidance, features=features, **stop)
+        answer: Prediction = self.experts[first](xt, t, condition, guidance=guidance, features=features, end=end)
         return answer
 
     def expert_at(self, time: float) -> int:

@@ -12,7 +12,7 @@ from fastgen.critics import ScoreCritic
 from fastgen.denoiser import Guided, Predicts, Retimed
 from fastgen.errors import UserError
 from fastgen.families.continuous import RIGHT, TRIG, ContinuousConsistency, trig_times
-from fastgen.losses import contrast, denoising, shared_choice
+from fastgen.losses import denoising, distribution_matching, shared_choice
 from fastgen.method import Batch, Loss, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import shift_time
@@ -95,11 +95,7 @@ class RCM(ContinuousConsistency):
         """The distribution matching loss of samples of the student."""
         told = self.draw_scales(batch.shape[0])
         x = self.generate(batch, told)
-        with torch.no_grad():
-            t = self.noise_times(len(x))
-            xt = TRIG.add_noise(x, torch.randn_like(x), t)
-            fake, real = self.fake(xt, t, batch.condition).x0, self.teacher(xt, t, batch.condition, guidance=told).x0
-        return contrast(x, fake, real)
+        return distribution_matching(x, self.noise_times(len(x)), batch.condition, self.fake, self.teacher, told)
 
     def generate(self, batch: Batch, told: Tensor | None) -> Tensor:
         """The student's clean estimate after a random number of calls at random decreasing times, the first at pure noise.

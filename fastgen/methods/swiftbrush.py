@@ -62,7 +62,7 @@ class SwiftBrush(ScoreDistillation):
     def student_loss(self, batch: Batch) -> Loss:
         x = self.generate(batch)
         with torch.no_grad():
-            t = uniform_times(self.process, len(x), low=self.low, high=self.high, shift=self.noise_shift, device=x.device)
+            t = self.score_times(len(x))
             xt, scales = self.process.add_noise(x, torch.randn_like(x), t), self.scales(len(x))
             real = self.teacher(xt, t, batch.condition, guidance=scales).eps
             fake = self.guided_fake(xt, t, batch.condition, guidance=scales).eps
