@@ -64,7 +64,9 @@ def trained(name: str, process: str, kind: Kind, precision: Any) -> Strict:
     weights, condition, latents, pairs = world(process, kind)
     pipeline = FakePipeline(PROCESSES[process], SHAPE, kind, default_guidance=3.0)
     pipeline.base.load_state_dict(weights)
-    recipe = config.load(RECIPES / f"{name}.toml", ["method.backbone='tiny'"] if name == "add" else [])
+    recipe = config.load(
+        RECIPES / f"{name}.toml", ["method.backbone='tiny'", "method.backbone_size=16"] if name == "add" else []
+    )
     method: Any = recipe.method
     if hasattr(method, "student_every"):
         method.student_every = 1
@@ -80,8 +82,8 @@ OURS = [name for name in methods.names() if methods.find(name).__module__.starts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("process", "kind", "precision"), RUNS, ids=["-".join(each) for each in RUNS])
 @pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(("process", "kind", "precision"), RUNS, ids=["-".join(each) for each in RUNS])
 def test_two_thousand_updates(name: str, process: str, kind: Kind, precision: str) -> None:
     trainer = trained(name, process, kind, precision)
     assert trainer.step == UPDATES and trainer.ema is not None
