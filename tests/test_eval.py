@@ -11,7 +11,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
 from torch import Tensor
 
@@ -22,12 +21,11 @@ from fastgen.data.toy.scenes import Scenes, render, sample_scenes
 from fastgen.errors import UserError
 from fastgen.eval import PHOTO, TOY, World, evaluate, metrics, readings, score_images
 from fastgen.eval.evaluation import real_images, toy_prompts
-from fastgen.eval.features import _Images, extract
+from fastgen.eval.features import extract
 from fastgen.eval.generate import generate, load_pipeline, noise_seed
 from fastgen.eval.images import from_uint8, read_images, to_pillow, to_uint8, write_images
 from fastgen.eval.measures.clip_score import clip_scores, load_clip
 from fastgen.eval.measures.diversity import pairwise_distance
-from fastgen.eval.measures.fidelity import distances, frechet_distance
 from fastgen.eval.registry import Reading, metric
 
 NUMBER = 400
@@ -74,39 +72,6 @@ def test_damage_shows_in_every_metric(name):
     assert scores["precision"] < best["precision"] - 0.5
     assert scores["accuracy"] < best["accuracy"]
     assert scores["clip_score"] < best["clip_score"]
-
-
-def test_frechet_distance_of_two_gaussians_in_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
-    # Whitened exactly, the fitted Gaussians are the ones we mean.
-    noise = noise - noise.mean(0)
-    noise = noise @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T))).T
-    scale = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    shift = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    expected = (shift**2).sum() + ((scale - 1) ** 2).sum()
-    assert frechet_distance(noise, noise * scale + shift) == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_fidelity_equals_torch_fidelity_from_end_to_end():
-    _, scenes, images = world()
-    real = real_images(scenes, 12)
-    own = distances(extract(images, TOY), extract(real, TOY))
-    options = {
-        "kid_subset_size": NUMBER,
-        "kid_subsets": 1,
-        "cuda": False,
-        "cache": False,
-        "verbose": False,
-        "save_cpu_ram": True,
-    }
-    theirs = torch_fidelity.calculate_metrics(
-        input1=_Images(images), input2=_Images(real), feature_extractor="fastgen-toy", fid=True, kid=True, prc=True, **options
-    )
-    assert own["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert own["kd"] == pytest.approx(1000 * theirs["kernel_inception_distance_mean"], rel=1e-2, abs=1e-2)
-    assert own["precision"] == pytest.approx(theirs["precision"], abs=0.01)
-    assert own["recall"] == pytest.approx(theirs["recall"], abs=0.01)
 
 
 def test_clip_score_equals_open_clip_by_hand():
@@ -203,7 +168,7 @@ def test_few_images_are_named_with_their_number():
 
 def test_networks_that_are_not_there_are_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("fastgen.eval.measures.clip_score.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("fastgen.eval.weights.try_to_load_from_cache", lambda *_: None)
     prompts, scenes, images = world()
     notes: list[str] = []
     scores = score_images(images[:20], prompts[:20], scenes=scenes[:20], world=PHOTO, notes=notes)

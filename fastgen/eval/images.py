@@ -18,6 +18,10 @@ from fastgen.errors import UserError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 READERS = 4
 """Threads that decode pictures of a folder."""
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+"""Pillow's modes of more than 8 bits, which it would clip and not scale."""
+BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises over files that are damaged, no pictures, or unreasonably large."""
 
 
 class Images(Protocol):
@@ -69,8 +73,10 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def check_images(images: Images, name: str) -> None:
-    """Raise UserError unless `images` are a folder or a non-empty uint8 [N, 3, H, W] tensor; `name` says which set is meant."""
+    """Raise UserError unless `images` are a folder of one size or a non-empty uint8 [N, 3, H, W] tensor, called `name`."""
     if not isinstance(images, Tensor):
+        if isinstance(images, PictureFolder):
+            images.check()
         return
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         found = f"{images.dtype} {tuple(images.shape)}".replace("torch.", "")
@@ -93,7 +99,8 @@ class PictureFolder:
     `size` crops each to its central square and resizes it (Pillow's Lanczos) to `size` x `size`; without it all must have one
     size. Grey pictures become RGB; transparent ones are refused, since what shows through would be a guess.
 
-    Raises UserError when the folder is missing or empty; on reading, where a file is broken, transparent, or of another size.
+    Raises UserError when the folder is missing or empty; on reading, where a file is broken, transparent, deeper than 8 bits,
+    or of another size. `check` looks at sizes beforehand.
     """
 
     def __init__(self, folder: Path | str, *, limit: int | None = None, size: int | None = None) -> None:
@@ -120,28 +127,70 @@ class PictureFolder:
         with ThreadPoolExecutor(READERS) as readers:
             pictures = list(readers.map(self._read, paths))
         for path, picture in zip(paths, pictures, strict=True):
-            if picture.size != self._first:
-                sizes = " and ".join(f"{w} x {h}" for w, h in (self._first, picture.size))
-                raise UserError(
-                    f"{self.folder} mixes sizes ({sizes}, the second in {path.name}); give a size to crop and resize them to"
-                )
+            self._same_size(path, picture.size)
         return from_pillow(pictures)
+
+    def check(self) -> None:
+        """Raise UserError where a file is no picture or of another size, from the files' first bytes alone."""
+        if self.size is not None:
+            return
+        with ThreadPoolExecutor(READERS) as readers:
+            for path, size in zip(self.paths, readers.map(_size_of, self.paths), strict=True):
+                self._same_size(path, size)
+
+    def _same_size(self, path: Path, size: tuple[int, int]) -> None:
+        if size != self._first:
+            sizes = " and ".join(f"{w} x {h}" for w, h in (self._first, size))
+            raise UserError(
+                f"{self.folder} mixes sizes ({sizes}, the second in {path.name}); give a size to crop and resize them to"
+            )
 
     def _read(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as opened:
                 opened.load()
-        except (UnidentifiedImageError, OSError) as error:
+        except BROKEN as error:
             raise UserError(f"{path} cannot be read as a picture: {error}") from error
+        if opened.mode in DEEP:
+            raise UserError(f"{path} has more than 8 bits a channel (Pillow's mode {opened.mode}); save it with 8")
         if opened.has_transparency_data and np.array(opened.convert("RGBA"))[..., 3].min() < 255:
             raise UserError(f"{path} is partly transparent; flatten it onto the background that it should be judged on")
         picture = opened.convert("RGB")
         return picture if self.size is None else _square(picture, self.size)
 
 
+class Centres:
+    """The middle `side` x `side` pixels of a set of pictures that are at least as large, cut as torchvision's center_crop
+    does."""
+
+    def __init__(self, images: Images, side: int) -> None:
+        self.images, self.side = images, side
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, 3, side, side."""
+        return len(self.images), 3, self.side, self.side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        pictures = self.images[rows]
+        top, left = (round((length - self.side) / 2) for length in pictures.shape[2:])
+        return pictures[:, :, top : top + self.side, left : left + self.side]
+
+
 def read_images(folder: Path | str, *, limit: int | None = None, size: int | None = None) -> Tensor:
     """Every picture of a folder at once: uint8 [N, 3, H, W]. Arguments and errors as of `PictureFolder`."""
     return PictureFolder(folder, limit=limit, size=size)[:]
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as opened:
+            return opened.size
+    except BROKEN as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _square(picture: Image.Image, size: int) -> Image.Image:
