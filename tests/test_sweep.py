@@ -120,18 +120,16 @@ def test_network_calls_are_counted(swept: Results) -> None:
 def test_the_protocol_says_what_could_change_a_row(swept: Results) -> None:
     record = json.loads((swept.folder / "results.json").read_text())
     protocol = record["protocol"]
-    for key in (
-        "images",
-        "seed",
-        "seeds_per_prompt",
-        "prompts_sha256",
-        "reference_sha256",
-        "features_sha256",
-        "versions",
-        "machine",
+    for section, key in (
+        *(("images", "count"), ("seeds", "sha256"), ("prompts", "sha256"), ("reference", "sha256"), ("features", "sha256")),
+        *(("features", "resize"), ("versions", "torch-fidelity"), ("metrics", "fidelity"), ("computation", "precision")),
+        *(("computation", "device"), ("computation", "batch"), ("machine", "device")),
     ):
-        assert protocol[key] is not None, key
-    scheduler = record["rows"][1]["sampler"]["scheduler"]
+        assert protocol[section][key] is not None, key
+    row = record["rows"][1]
+    assert row["protocol"]["attention"] == "native" and row["protocol"]["model"]["fingerprint"]
+    assert row["protocol"]["sampler"]["guidance"] == 2.0
+    scheduler = row["sampler"]["scheduler"]
     assert scheduler["class"] == "DDIMScheduler" and scheduler["config"]["timestep_spacing"] == "trailing"
     assert len(swept.prompts) == len(swept.seeds) == IMAGES and swept.prompts[0] == swept.prompts[1]
 
@@ -190,10 +188,10 @@ def test_a_setting_can_bring_its_own_scheduler(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"images": 8}, "images"),
-        ({"seed": 1}, "prompts_sha256"),
-        ({"metrics": ["accuracy"]}, "metrics"),
-        ({"batch": 4}, "batch"),
+        ({"images": 8}, "images.count"),
+        ({"seed": 1}, "prompts.sha256"),
+        ({"metrics": ["accuracy"]}, "metrics.diversity.version"),
+        ({"batch": 4}, "computation.batch"),
     ],
 )
 def test_protocols_do_not_mix(swept: Results, change: dict[str, Any], field: str) -> None:
@@ -244,16 +242,19 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 def test_damaged_sweeps_are_named(tmp_path: Path, swept: Results) -> None:
     with pytest.raises(UserError, match=r"is not a sweep: .*results\.json cannot be read"):
         load_results(tmp_path)
-    (tmp_path / "results.json").write_text('{"format": 1}')
+    (tmp_path / "results.json").write_text('{"format": 2}')
     (tmp_path / "prompts.json").write_text("{}")
     with pytest.raises(UserError, match=r"results\.json or prompts\.json is damaged"):
         load_results(tmp_path)
     (tmp_path / "results.json").write_text('{"format": 7}')
-    with pytest.raises(UserError, match="has format 7, but this fastgen reads 1"):
+    with pytest.raises(UserError, match="has format 7, but this fastgen reads 2"):
         load_results(tmp_path)
-    (tmp_path / "broken.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="delete it to have them made again"):
-        replace(swept, folder=tmp_path).images(replace(swept.rows[0], images="broken.safetensors"))
+    with pytest.raises(UserError, match="the images of real images are not in the sweep any more"):
+        replace(swept, folder=tmp_path).images(swept.rows[0])
+    (tmp_path / "values").mkdir()
+    (tmp_path / "values" / "real.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="delete it to have its row measured again"):
+        replace(swept, folder=tmp_path).values(swept.rows[0])
 
 
 VOID = {"meta", "img", "br", "source"}
@@ -317,7 +318,7 @@ def test_pictures_in_the_report_are_the_images_of_the_sweep(swept: Results) -> N
     row = next(row for row in swept.rows if row.role == "student" and row.steps == 1)
     shown = next(each for each in page.all("img") if each["alt"].startswith("student with 1 step: "))
     picture = Image.open(io.BytesIO(decoded(shown["src"])[1]))
-    assert picture.tobytes() == swept.images(row)[0].permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert picture.tobytes() == swept.pictures(row, [0])[0].permute(1, 2, 0).contiguous().numpy().tobytes()
     assert swept.prompts[0] in shown["alt"]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,20 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fastgen import __version__
 from fastgen.data.toy.captions import caption
 from fastgen.data.toy.scenes import IMAGE_SIZE, Scenes, render, sample_scenes
 from fastgen.errors import UserError
-from fastgen.eval.features import features_hash
 from fastgen.eval.generate import generate, load_pipeline
-from fastgen.eval.images import Images, check_images, images_hash, read_images, to_uint8, write_images
+from fastgen.eval.images import Images, PictureFolder, check_images, images_hash, to_uint8
 from fastgen.eval.intervals import interval
-from fastgen.eval.measures.clip_score import clip_weights
+from fastgen.eval.pictures import split_reference, words, write_pictures
+from fastgen.eval.protocol import asking, computing, describe_pipeline, describe_world, measuring, sampling
 from fastgen.eval.registry import Evidence, Metric, metrics
+from fastgen.eval.results import save_tensors, write_json
+from fastgen.eval.statistics import Statistics, read_statistics
 from fastgen.eval.weights import file_hash
 from fastgen.eval.world import PHOTO, TOY, World
 
-PACKAGES = ("torch", "diffusers", "transformers", "torch-fidelity", "open-clip-torch", "numpy")
 REFERENCE_SEED = 314159
 """Real images are drawn with seeds of their own, so that they are the same for every candidate and never the training's."""
 
@@ -46,20 +45,39 @@ class Measured:
 
 @dataclass
 class Evaluation:
-    """Scores by key (`fastgen.eval.registry.readings` tells how to show them), notes, and all that could change the scores."""
+    """Scores by key (`fastgen.eval.registry.readings` tells how to show them), notes, and all that could change the scores.
+
+    `protocol` is what `fastgen.eval.protocol` compares; `settings` say the same and more in the words of the call. `each` holds
+    the values [N] of single images, in the order of `prompts` and `seeds`.
+    """
 
     scores: dict[str, float]
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    each: dict[str, Tensor] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """All but the values of single images, as plain values."""
+        kept = ("scores", "intervals", "notes", "settings", "protocol")
+        found: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in kept}, default=str))
+        return found
 
     def save(self, path: Path | str) -> None:
-        """Write the record as JSON, by way of a temporary name."""
+        """Write the record as JSON and, beside it, the values of single images with their prompts and seeds."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2, sort_keys=False) + "\n")
-        temporary.replace(path)
+        asked = {"prompts": json.dumps(self.prompts), "seeds": json.dumps(self.seeds)}
+        save_tensors(values_file(path), self.each or {"none": torch.zeros(0)}, asked)
+        write_json(path, self.record())
+
+
+def values_file(record: Path) -> Path:
+    """Where the values of single images are kept that belong to a record."""
+    return record.with_suffix(".values.safetensors")
 
 
 def score_images(
@@ -141,6 +159,7 @@ def gather(
     reference: Images | None = None,
     floor: Images | None = None,
     teacher: Images | None = None,
+    statistics: Statistics | None = None,
     paired: bool | None = None,
     world: World | None = None,
     device: str = "cpu",
@@ -149,9 +168,10 @@ def gather(
 
     `images` are uint8 [N, 3, H, W] with one prompt each (the same prompt twice is two seeds of it). `scenes` says what each
     toy image should show; without a `reference` its real images are then drawn here, two sets, one of them for the floor.
-    Otherwise `reference` holds real images and `floor` further ones; without a floor, a reference in memory of at least 2 N
-    gives its last N. `paired` says that the reference belongs to the same prompts in the same order (default: with scenes).
-    `teacher` are the teacher's images of the same prompts from the same noise.
+    Otherwise `reference` holds real images and `floor` further ones; without a floor, a reference of at least 2 N gives its
+    last N. `paired` says that the reference belongs to the same prompts in the same order (default: with scenes).
+    `teacher` are the teacher's images of the same prompts from the same noise; `statistics` take the reference's place in the
+    Fréchet distance.
 
     Raises UserError for tensors of the wrong kind and lists of different length.
     """
@@ -160,17 +180,38 @@ def gather(
     for name, given in (("prompts", prompts), ("scenes", scenes), ("images of the teacher", teacher)):
         if given is not None and len(given) != len(images):
             raise UserError(f"there are {len(given)} {name} for {len(images)} images; give one for each")
-    if scenes is not None and reference is None:
+    if scenes is not None and reference is None and statistics is None:
         reference, floor = real_images(scenes, REFERENCE_SEED), real_images(scenes, REFERENCE_SEED + 1)
     elif reference is not None:
         check_images(reference, "reference")
-        if floor is None and isinstance(reference, Tensor) and len(reference) >= 2 * len(images):
-            reference, floor = reference[: -len(images)], reference[-len(images) :]
+        if floor is None and len(reference) >= 2 * len(images):
+            reference, floor = split_reference(reference, len(images))
     if floor is not None:
         check_images(floor, "floor")
     same = scenes is not None if paired is None else paired
     same = same and reference is not None and len(reference) == len(images)
-    return Evidence(images, world, prompts, scenes, reference, floor, teacher, same, device)
+    return Evidence(images, world, prompts, scenes, reference, floor, teacher, same, device, statistics=statistics)
+
+
+def open_reference(reference: Images | Path | str | None) -> tuple[Images | None, Statistics | None]:
+    """Real images, or statistics of some, from what a user names: a folder of pictures, or a file of mean and covariance.
+
+    Raises UserError where it is neither.
+    """
+    if not isinstance(reference, Path | str):
+        return reference, None
+    if Path(reference).is_file():
+        return None, read_statistics(reference)
+    return PictureFolder(reference), None
+
+
+def known_reference(real: Images | None, reference: Images | Path | str | None) -> tuple[int | None, str] | None:
+    """Count and hash of what images are compared with: of pictures their pixels', of statistics the file's."""
+    if real is not None:
+        return len(real), images_hash(real)
+    if isinstance(reference, Path | str) and Path(reference).is_file():
+        return read_statistics(reference).count, file_hash(reference)
+    return None
 
 
 def real_images(scenes: Scenes, seed: int) -> Tensor:
@@ -204,6 +245,7 @@ def evaluate(
     *,
     prompts: Sequence[str] | None = None,
     number: int = 1000,
+    prompts_from: str = "the user",
     seeds_per_prompt: int = 2,
     seed: int = 0,
     split: str = "held-out",
@@ -223,33 +265,48 @@ def evaluate(
     """Sample a diffusers pipeline (object or folder) and measure the images.
 
     Without `prompts` the toy world's are used: `number` images of held-out prompts, and everything is measured. With prompts,
-    each is sampled `seeds_per_prompt` times and measured against `reference`, a tensor or a folder of real images.
-    `images_folder` keeps the images, `output` the record as JSON.
+    each is sampled `seeds_per_prompt` times and measured against `reference`: a tensor or a folder of real images, or a file of
+    statistics (`fastgen.eval.statistics`).
+    `images_folder` keeps the images, each with its prompt and seed, and the record as `evaluation.json`; `output` is a file for
+    the record. Beside either lie the values of single images, which `fastgen.eval.compare` reads.
 
     Raises UserError where the pipeline, the prompts or the reference cannot be used.
     """
     where = None if isinstance(target, DiffusionPipeline) else Path(target)
-    pipeline = load_pipeline(where, device=device) if where is not None else target
     scenes = None
     if prompts is None:
         texts, seeds, scenes = toy_prompts(number, seeds_per_prompt=seeds_per_prompt, seed=seed, split=split, objects=objects)
+        prompts_from = toy_name(split, objects)
     else:
         texts = [text for text in prompts for _ in range(seeds_per_prompt)]
         seeds = [seed + i for _ in prompts for i in range(seeds_per_prompt)]
     world = world or (TOY if scenes is not None else PHOTO)
+    chosen = chosen_metrics(world, only)
+    real, statistics = open_reference(reference)
+    pipeline = load_pipeline(where, device=device) if where is not None else target
+    assert isinstance(pipeline, DiffusionPipeline)
     start = time.perf_counter()
     images = generate(pipeline, texts, seeds, steps=steps, guidance=guidance, batch=batch, call=call, progress=progress)
     seconds = time.perf_counter() - start
     if scenes is not None and images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
         made = f"{images.shape[3]} x {images.shape[2]}"
         raise UserError(f"the pipeline makes {made} images, not toy scenes; give prompts of its own")
-    if images_folder is not None:
-        write_images(images, images_folder)
-    real = reference if reference is None or isinstance(reference, Tensor) else read_images(reference)
-    measured = measure_images(gather(images, texts, scenes=scenes, reference=real, world=world, device=device), only)
+    sampler = sampling(pipeline, steps, guidance, call or {})
+    name = str(where) if where is not None else type(pipeline).__name__
+    evidence = gather(images, texts, scenes=scenes, reference=real, statistics=statistics, world=world, device=device)
+    measured = measure_images(evidence, only)
+    described = describe_pipeline(pipeline, where)
+    known = known_reference(evidence.reference, reference)
+    protocol = {
+        **measuring(world, chosen),
+        **asking(texts, seeds, name=prompts_from, reference=known),
+        **computing(device, batch, pipeline.dtype),
+        "model": {"name": name, "weights": described["weights_sha256"]},
+        **sampler,
+    }
     toy = {"split": split, "objects": objects} if scenes is not None else {}
     settings = {
-        "target": str(where) if where is not None else type(pipeline).__name__,
+        "target": name,
         "number": len(images),
         "seeds": sorted(set(seeds)),
         "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
@@ -257,52 +314,24 @@ def evaluate(
         "steps": steps,
         "guidance": guidance,
         "call": {name: repr(value) for name, value in (call or {}).items()},
-        **describe_pipeline(pipeline, where),
+        **described,
         **describe_world(world),
-        "reference_sha256": _reference_hash(real, scenes),
+        "reference_sha256": None if known is None else known[1],
         "device": device,
         "sampling_seconds": round(seconds, 3),
     }
-    evaluation = Evaluation(measured.scores, measured.notes, settings, measured.intervals)
+    evaluation = Evaluation(
+        *(measured.scores, measured.notes, settings, measured.intervals, protocol, measured.each, texts, seeds)
+    )
+    if images_folder is not None:
+        told = [words(name, prompt, number, sampler["sampler"]) for prompt, number in zip(texts, seeds, strict=True)]
+        write_pictures(images, Path(images_folder), told)
+        evaluation.save(Path(images_folder) / "evaluation.json")
     if output is not None:
         evaluation.save(output)
     return evaluation
 
 
-def describe_pipeline(pipeline: DiffusionPipeline, folder: Path | None) -> dict[str, Any]:
-    """Class, scheduler with its whole config, and the hash of every weight file of the folder."""
-    scheduler = pipeline.scheduler
-    files = [] if folder is None else sorted(folder.rglob("*.safetensors"))
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_") and name != "trained_betas"}
-    return {
-        "pipeline": type(pipeline).__name__,
-        "scheduler": {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=repr))},
-        "weights_sha256": {str(path.relative_to(folder)): file_hash(path) for path in files if folder is not None},
-    }
-
-
-def describe_world(world: World) -> dict[str, Any]:
-    """The measuring networks with their hashes, and the versions of the libraries at work."""
-    try:
-        features = features_hash(world)
-    except UserError:
-        features = None
-    clip = clip_weights(world)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "world": world.name,
-        "features": world.features,
-        "features_sha256": features,
-        "clip": world.clip,
-        "clip_sha256": None if clip is None or not clip.is_file() else file_hash(clip),
-        "versions": {"fastgen": __version__, **versions},
-    }
-
-
-def _reference_hash(reference: Tensor | None, scenes: Scenes | None) -> str | None:
-    if reference is not None:
-        return images_hash(reference)
-    if scenes is None:
-        return None
-    described = torch.cat([getattr(scenes, f.name).flatten() for f in fields(scenes)])
-    return hashlib.sha256(described.numpy().tobytes() + str(REFERENCE_SEED).encode()).hexdigest()
+def toy_name(split: str, objects: int | None) -> str:
+    """The toy world's prompts in words."""
+    return f"the toy world, {split}" + ("" if objects is None else f", {objects} objects")

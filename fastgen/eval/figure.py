@@ -266,16 +266,16 @@ def _strip(
     name = {id(row): curve.label for curve in made for row in curve.rows}
     wide, left = figure.get_figwidth(), 0.2
     for column, row in enumerate(shown):
-        images: Tensor = results.images(row)
+        images: Tensor = results.pictures(row, indices)
         x = (left + column * tile) / wide
         top = len(indices) * (tile + 0.28) + 0.06
         words = f"{name[id(row)]}\n{row.steps} step{'s' * (row.steps != 1)}"
         place = {"ha": "center", "va": "bottom", "linespacing": 1.25}
         figure.text(x + tile / 2 / wide, top / tall, words, color=colour[id(row)], fontsize=8.5, fontweight="bold", **place)
-        for line, index in enumerate(indices):
+        for line, (index, image) in enumerate(zip(indices, images, strict=True)):
             bottom = top - 0.06 - (line + 1) * (tile + 0.28) + 0.3
             axes = figure.add_axes((x + 0.03 / wide, bottom / tall, (tile - 0.06) / wide, (tile - 0.06) / tall))
-            axes.imshow(images[index].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_axis_off()
             if column == 0:
                 prompt = {"fontsize": 8, "color": theme.muted, "va": "top", "style": "italic"}

@@ -167,7 +167,7 @@ def _about_pictures(results: Results, prompts: int) -> str:
 def _pictures(results: Results, prompts: int) -> str:
     shown, indices = example_rows(results.rows), example_indices(results.prompts, prompts)
     label = {id(row): curve.label for curve in curves(results.rows) for row in curve.rows}
-    pictures = {id(row): to_pillow(results.images(row)[indices]) for row in shown}
+    pictures = {id(row): to_pillow(results.pictures(row, indices)) for row in shown}
     right = {id(row): results.right(row) for row in shown}
     blocks = []
     for position, index in enumerate(indices):

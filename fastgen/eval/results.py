@@ -1,4 +1,5 @@
-"""A sweep's folder: `results.json` (protocol and rows), `prompts.json`, and the images of each row, lossless, in `images/`.
+"""A sweep's folder: `results.json` (protocol and rows), `prompts.json`, and of each row the images, lossless, in
+`images/<row>/`, the values of single images in `values/<row>.safetensors`, the features in `features/<row>.safetensors`.
 
 `results.json` is rewritten, by way of a temporary name, after every row. Rows of different protocols are never mixed.
 """
@@ -6,18 +7,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgen.errors import UserError
+from fastgen.eval.images import PictureFolder
+from fastgen.eval.protocol import differences
 
-FORMAT = 1
+FORMAT = 2
 REAL = "real images"
 
 
@@ -25,8 +29,9 @@ REAL = "real images"
 class Row:
     """What was measured of one candidate at one setting; the row of role "real" is the floor, real images against others.
 
-    `calls` are network evaluations per image, counted (a guided step is two), `seconds` per image, the median over batches.
-    `images` is the file of the images, relative to the sweep's folder; `fingerprint` stands for weights and setting.
+    `calls` are network evaluations per image, counted (a guided step is two), `seconds` per image, the median over batches that
+    nothing else ran beside. `images` is the folder of the images, relative to the sweep's; `fingerprint` stands for weights and
+    setting, `protocol` for what the sweep's own does not tell: model, sampler, attention, the teacher it was measured against.
     """
 
     name: str
@@ -40,6 +45,8 @@ class Row:
     fingerprint: str
     sampler: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -62,17 +69,48 @@ class Results:
     seeds: list[int]
     rows: list[Row] = field(default_factory=list)
 
-    def images(self, row: Row) -> Tensor:
-        """The row's images, uint8 [N, 3, H, W]."""
-        return load_images(self.folder / row.images)[0]
+    def images(self, row: Row) -> PictureFolder:
+        """The row's images, [N, 3, H, W]. Raises UserError where they are missing."""
+        try:
+            return PictureFolder(self.folder / row.images)
+        except UserError as error:
+            raise UserError(f"the images of {row.key} are not in the sweep any more: {error}") from error
+
+    def pictures(self, row: Row, indices: Sequence[int]) -> Tensor:
+        """Some of the row's images, uint8 [n, 3, H, W]."""
+        folder = self.images(row)
+        return torch.cat([folder[index : index + 1] for index in indices])
 
     def right(self, row: Row) -> Tensor | None:
         """Of each toy image whether everything in it is right, bool [N]; None for other worlds."""
-        return load_images(self.folder / row.images)[1]
+        found = self.values(row).get("right")
+        return None if found is None else found.bool()
+
+    def values(self, row: Row) -> dict[str, Tensor]:
+        """Values [N] of single images by key; none for a row that has none."""
+        return load_tensors(self.file("values", row))
+
+    def file(self, kind: Literal["values", "features"], row: Row) -> Path:
+        """Where values or features of a row are kept."""
+        return self.folder / kind / f"{Path(row.images).name}.safetensors"
+
+    @property
+    def reference(self) -> Path:
+        """Where the features of the real images are kept."""
+        return self.folder / "features" / "reference.safetensors"
+
+    def protocol_of(self, row: Row) -> dict[str, Any]:
+        """The whole protocol of a row: the sweep's and its own."""
+        return {**self.protocol, **row.protocol}
 
     def has(self, row: Row) -> bool:
         """Whether a row of the same weights and setting is finished."""
-        return any(other.fingerprint == row.fingerprint for other in self.rows) and (self.folder / row.images).is_file()
+        there = (self.folder / row.images).is_dir() and self.file("values", row).is_file()
+        return self.find(row) is not None and there
+
+    def find(self, row: Row) -> Row | None:
+        """The finished row of the same weights and setting."""
+        return next((other for other in self.rows if other.fingerprint == row.fingerprint), None)
 
     def add(self, row: Row) -> None:
         """Add a row, in the place of one of the same key whose weights have changed since, and save."""
@@ -81,7 +119,7 @@ class Results:
 
     def save(self) -> None:
         record = {"format": FORMAT, "protocol": self.protocol, "rows": [asdict(row) for row in self.rows]}
-        _write_json(self.folder / "results.json", record)
+        write_json(self.folder / "results.json", record)
 
 
 def load_results(folder: Path | str) -> Results:
@@ -92,7 +130,10 @@ def load_results(folder: Path | str) -> Results:
         asked = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise UserError(f"{folder / 'results.json'} has format {record['format']}, but this fastgen reads {FORMAT}")
-        return Results(folder, record["protocol"], asked["prompts"], asked["seeds"], [Row(**row) for row in record["rows"]])
+        rows = [Row(**row) for row in record["rows"]]
+        for row in rows:
+            row.intervals = {key: (low, high) for key, (low, high) in row.intervals.items()}
+        return Results(folder, record["protocol"], asked["prompts"], asked["seeds"], rows)
     except OSError as error:
         raise UserError(f"{folder} is not a sweep: {error.filename} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -104,51 +145,52 @@ def open_results(folder: Path, protocol: Mapping[str, Any], prompts: list[str], 
     asked = json.loads(json.dumps(protocol))
     if (folder / "results.json").exists():
         results = load_results(folder)
-        theirs, ours = _flat(results.protocol), _flat(asked)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                was, now = (json.dumps(each.get(name)) for each in (theirs, ours))
-                raise UserError(
-                    f"{folder / 'results.json'} holds rows of another protocol: {name} was {was} and is {now} now; "
-                    "name another output, or remove this one"
-                )
+        for name, was, now in differences(results.protocol, asked, ignore=("time",)):
+            was, now = (json.dumps(each, ensure_ascii=False) for each in (was, now))
+            raise UserError(
+                f"{folder / 'results.json'} holds rows of another protocol: {name} was {was} and is {now} now; "
+                "name another output, or remove this one"
+            )
     else:
         results = Results(folder, asked, prompts, seeds)
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "prompts.json", {"prompts": prompts, "seeds": seeds})
+        write_json(folder / "prompts.json", {"prompts": prompts, "seeds": seeds})
         results.save()
     except OSError as error:
         raise UserError(f"the sweep cannot be written to {folder}: {error.strerror}") from error
     return results
 
 
-def _flat(nest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nest.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON by way of a temporary name."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
-def save_images(path: Path, images: Tensor, right: Tensor | None, measured: Mapping[str, Any]) -> None:
-    """Write uint8 images [N, 3, H, W], which of them are right, and what was measured while they were made."""
-    tensors = {"images": images.contiguous()} | ({} if right is None else {"right": right.contiguous()})
+def load_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises UserError where it is missing or damaged."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    return found
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> None:
+    """Write tensors by way of a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, str(temporary), metadata={"measured": json.dumps(dict(measured))})
+    save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata=dict(words or {}))
     temporary.replace(path)
 
 
-def load_images(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """What `save_images` wrote. Raises UserError where the file is missing or damaged."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What `save_tensors` wrote; nothing where there is no file. Raises UserError where it is damaged."""
+    if not path.is_file():
+        return {}
     try:
-        with safe_open(str(path), "pt") as file:
-            right = file.get_tensor("right") if "right" in file.keys() else None  # noqa: SIM118
-            return file.get_tensor("images"), right, json.loads(file.metadata()["measured"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold a sweep's images ({error}); delete it to have them made again") from error
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to have its row measured again") from error
