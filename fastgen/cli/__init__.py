@@ -30,6 +30,7 @@ COMMANDS = {
     "export":        "turn a run into a folder, LoRA or checkpoint that other programs load",
     "eval":          "measure a run, an export or a teacher",
     "sweep":         "step-quality curves of students and teacher, with an HTML report",
+    "compare":       "is one model better than another: paired by prompt and seed, with its significance",
     "methods":       "the distillation methods; one of them explained, with a starter config",
     "pipelines":     "the model families; what fastgen sees in one pipeline",
     "doctor":        "what this machine can do, and what is wrong with its installation",
