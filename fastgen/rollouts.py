@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgen.denoiser import Condition, Predicts
+from fastgen.errors import UserError
+from fastgen.process import Process
+from fastgen.samplers import even_times
+
+
+def time_grid(
+    option: str, steps: int, process: Process, shift: float = 1.0, device: torch.device | str | None = None
+) -> Tensor:
+    """The times [steps + 1] from 1 down to 0, even but for `shift`.
+
+    Raises UserError, naming the `option` that asks for so many steps, where the process has fewer times.
+    """
+    times = even_times(steps, process, shift)
+    own = len({t for t in times if t > 0})
+    if own < steps:
+        raise UserError(f"{option} is finer than the pipeline's own times, of which it meets {own}")
+    return torch.tensor([*times, 0.0], device=device)
 
 
 def walk(

@@ -109,7 +109,7 @@ class FewStep(Sampler):
                 x = (x * process.initial_scale(t).view(-1, *[1] * (x.ndim - 1))).to(noise.dtype)
             else:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and exit_at is None):
-                    x = self._onward(prediction, t, generator).to(noise.dtype)
+                    x = self._onward(prediction, t, noise, generator).to(noise.dtype)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (exit_at is None or i == exit_at)):
                 prediction = self._ask(guided, x, t, i, condition)
             if watch is not None:
@@ -125,15 +125,19 @@ class FewStep(Sampler):
     def _time(self, i: int, like: Tensor) -> Tensor:
         return like.new_full((len(like),), self.times[i], dtype=torch.promote_types(like.dtype, torch.float32))
 
-    def _onward(self, prediction: Prediction, t: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _onward(self, prediction: Prediction, t: Tensor, first: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.gamma == 0:
             return prediction.at(t)
         process, x0 = prediction.process, prediction.x0
-        eps = torch.randn(x0.shape, generator=generator, device=generator.device if generator else x0.device).to(x0)
+        eps = self._renewed(first, generator).to(x0)
         if self.gamma == 1:
             return process.add_noise(x0, eps, t)
         below = below_time(process, t, self.gamma)
         return process.diffuse(prediction.at(below), eps, below, t)
+
+    def _renewed(self, first: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The noise to add between two calls; `first` [B, ...] is what the samples began with."""
+        return torch.randn(first.shape, generator=generator, device=generator.device if generator else first.device)
 
     def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
         if isinstance(process, VP) and kind in PREDICTION_TYPES:

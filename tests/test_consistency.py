@@ -39,8 +39,8 @@ def test_the_order_of_the_solvers(process: str) -> None:
         for steps in (8, 16):
             method = ready(pipeline, solver=solver, solver_steps=1)
             method.solver_steps = steps
-            times = torch.linspace(0.8, 0.4, steps + 1, dtype=torch.float64)
-            landed = method.solve(x, times, torch.zeros(500, dtype=torch.long), condition, torch.ones(500))
+            method.times = torch.linspace(0.8, 0.4, steps + 1, dtype=torch.float64)
+            landed = method.solve(x, torch.zeros(500, dtype=torch.long), condition, torch.ones(500))
             errors[solver, steps] = float((landed - exact).abs().mean())
     assert 1.7 < errors["ddim", 8] / errors["ddim", 16] < 2.3
     assert 3.3 < errors["heun", 8] / errors["heun", 16] < 5
@@ -186,9 +186,8 @@ def test_a_gaussian_student_learns_the_solvers_end(process: str) -> None:
     noise, condition = torch.linspace(-2, 2, 9)[:, None], teacher.unconditional(9)
     with torch.no_grad():
         one = method.sampler(1).sample(method.trained, noise, condition)
-    x, times = noise, torch.tensor([*even_times(8), 0.0])
     method.solver_steps = 8
-    walked = method.solve(x, times, torch.zeros(9, dtype=torch.long), condition, torch.ones(9))
+    walked = method.solve(noise, torch.zeros(9, dtype=torch.long), condition, torch.ones(9))
     assert (one - walked).abs().max() < 0.005
 
 

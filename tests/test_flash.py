@@ -53,8 +53,8 @@ def test_starts_by_the_authors_formula() -> None:
 def test_the_first_start_is_noise_alone_and_others_are_noised_data(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FakePipeline(TABLE, (3,))
     method, batch = ready(pipeline, **(ALONE | {"grid": 4})), next(batches(pipeline, 8))
-    for at, value in ((0, 0.0), (2, 0.6)):
-        monkeypatch.setattr(flash, "shared_uniform", lambda device, value=value: value)
+    for at in (0, 2):
+        monkeypatch.setattr(flash, "shared_choice", lambda count, device, weights, at=at: at)
         torch.manual_seed(3)
         xt, position = method.start(batch)
         torch.manual_seed(3)
@@ -218,7 +218,7 @@ def test_other_refusals() -> None:
     with pytest.raises(UserError, match="trained for 1, 2, 4 steps, not for 3"):
         ready(pipeline).sampler(3)
     pipeline.feature_layers = ()
-    with pytest.raises(UserError, match=r"gan_weights = .* need feature layers"):
+    with pytest.raises(UserError, match=r"gan_weights = .* needs feature layers"):
         ready(pipeline)
     assert ready(pipeline, gan_weights=(0.0,) * 4).critic is None
 

@@ -125,8 +125,8 @@ def test_noise_high_enough_blinds_the_discriminator() -> None:
     for mean in (0.0, 12.0):
         method = ready(pipeline, noise_mean=mean)
         condition = pipeline.encode_prompts(["0"] * 8)
-        shown, t, eps = method.view(x)
-        other, _, _ = method.view(x + 2, t, eps)
+        t, eps = method.draw(x)
+        shown, other = method.view(x, t, eps), method.view(x + 2, t, eps)
         gaps.append(float((method.critic(shown, t, condition) - method.critic(other, t, condition)).abs().max().detach()))
     assert gaps[1] < 1e-3 < gaps[0]
 
@@ -200,7 +200,7 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
 def test_a_pipeline_without_features_is_refused() -> None:
     pipeline = FakePipeline(TABLE, (3,))
     pipeline.feature_layers = ()
-    with pytest.raises(UserError, match="no feature layers"):
+    with pytest.raises(UserError, match=r"needs feature layers.*name some of its network's in layers"):
         ready(pipeline)
     assert ready(pipeline, layers=("middle", "enter")).critic.layers == ("middle", "enter")
 

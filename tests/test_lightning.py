@@ -225,7 +225,7 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
 def test_a_pipeline_without_features_is_refused() -> None:
     pipeline = FakePipeline(TABLE, (3,))
     pipeline.feature_layers = ()
-    with pytest.raises(UserError, match=r"objectives = \['conditional'\] need feature layers"):
+    with pytest.raises(UserError, match=r"objectives = \['conditional'\] needs feature layers"):
         ready(pipeline)
     assert ready(pipeline, objectives=("mse",)).critic is None
 

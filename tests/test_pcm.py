@@ -70,7 +70,7 @@ def test_ends_are_the_edges_of_the_phases(grid: int) -> None:
     """The authors' choice: the greatest of floor(i grid / 4), counted from clean data, that is at most the next point."""
     method = ready(FakePipeline(TABLE, (3,)), grid=grid, solver_steps=2)
     start = 2 * torch.arange(grid)
-    s = method.end(method.times, start)
+    s = method.end(start)
     edges = [grid - i * grid // 4 for i in range(5)]
     for n in range(grid):
         index = grid - 1 - n  # the authors' position of the next point, from clean data
@@ -134,7 +134,7 @@ def test_the_adversary_sees_samples_of_the_right_level(process: str) -> None:
     pipeline = FakePipeline(p, (1,))
     method = ready(pipeline, adversary=0.1, shift=3.0 if process == "flow" else 1.0)
     start = torch.full((40000,), 22)
-    s = method.end(method.times, start)
+    s = method.end(start)
     t = method.seen_at(s)
     edge = min(e for e in method.sampler().times if e > s[0] + 1e-6)
     assert (t >= s).all() and (t <= edge + 1e-6).all() and t.max() > s[0] + 0.9 * (edge - s[0])

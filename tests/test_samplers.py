@@ -122,7 +122,7 @@ def test_the_named_scheduler_visits_exactly_the_samplers_timesteps(steps: int, t
 
 def step(gamma: float, process: Process, kind: Kind, output: Tensor, xt: Tensor, t: Tensor, s: Tensor) -> Tensor:
     prediction = Prediction(output, kind, xt, t.expand(len(xt)), process)
-    return FewStep((1.0,), gamma)._onward(prediction, s.expand(len(xt)), torch.Generator().manual_seed(9))
+    return FewStep((1.0,), gamma)._onward(prediction, s.expand(len(xt)), xt, torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, ZERO_SNR], ids=["plain", "zero_snr"])

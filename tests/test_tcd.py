@@ -84,7 +84,7 @@ def test_jumps_end_anywhere_in_their_segment(parts: int) -> None:
     method.advance(99, 100)
     assert method.parts == parts
     start = 2 * torch.randint(48, (20000,))
-    s, r = method.end(method.times, start), method.times[start + 2]
+    s, r = method.end(start), method.times[start + 2]
     low = ((r + 1e-5) * parts).floor() / parts  # on the edge between two segments only the edge itself is left
     assert (s >= low - 1e-5).all() and (s <= r + 1e-6).all()
     place = ((s - low) / (r - low))[r - low > 1e-3]
@@ -104,7 +104,7 @@ def test_the_ends_of_the_family() -> None:
         return float(method.loss(batch)["consistency"].detach())
 
     assert found(TSCD(segments=(1,))) == found(TCD())
-    same = found(TCD(ema_decay=0.0), lambda times, start: torch.zeros(len(start)))
+    same = found(TCD(ema_decay=0.0), lambda start: torch.zeros(len(start)))
     assert abs(found(LCM()) / same - 1) < 1e-4
     teacher = Mixture([0.6, 0.4], torch.tensor([[-1.0, 0.5, 0.0], [1.2, -0.4, 0.0]]), [0.3, 0.5], TABLE)
     pipeline = FakePipeline(TABLE, (3,), "v", teacher=teacher)

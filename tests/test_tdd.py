@@ -36,7 +36,7 @@ def test_targets_are_the_authors() -> None:
     method = ready(FakePipeline(TABLE, (3,)), jitter=0.0)
     draws = 400
     start = torch.arange(250).repeat_interleave(draws)
-    s = method.end(method.times, start).view(250, draws)
+    s = method.end(start).view(250, draws)
     for n in range(250):
         index = 4 * (250 - n) - 1 - 4  # of the next point, -1 where it is clean data
         # Index 0, their last, stands for clean data, which here is time 0; others are at time (index + 1) / 1000.
@@ -47,14 +47,14 @@ def test_targets_are_the_authors() -> None:
 def test_every_schedule_is_covered_with_jitter_below() -> None:
     method = ready(FakePipeline(PROCESSES["flow"], (3,), "flow"), shift=3.0, steps=6, solver_steps=2)
     start = 2 * torch.randint(250, (50000,))
-    s, r = method.end(method.times, start), method.times[start + 2]
+    s, r = method.end(start), method.times[start + 2]
     assert (s <= r + 1e-6).all() and (s >= 0).all()
     for steps in range(4, 9):
         for t in (*method.sampler(steps).times[1:], 0.0):
             near = (s <= t + 1e-6) & (s >= 0.7 * t - 1e-6)
             assert near.float().mean() > 0.05, (steps, t)
     exact = ready(FakePipeline(PROCESSES["flow"], (3,), "flow"), shift=3.0, jitter=0.0)
-    points = exact.end(exact.times, torch.randint(250, (50000,))).unique()
+    points = exact.end(torch.randint(250, (50000,))).unique()
     wanted = {round(t, 5) for n in range(4, 9) for t in exact.sampler(n).times[1:]} | {0.0}
     assert {round(float(t), 5) for t in points} == wanted
 

@@ -54,32 +54,31 @@ class ScoreCritic(nn.Module):
 
 
 class FeatureCritic(nn.Module):
-    """Heads on features of a denoiser that is shown noised samples: a frozen teacher, or a copy that learns with the heads.
+    """Heads on features of a frozen denoiser that is shown noised samples (LADD, Sauer et al. 2024; PCM's discriminator).
 
-    With a frozen backbone (LADD, Sauer et al. 2024; the discriminator of PCM) `parameters()` are the heads' alone; gradients
-    pass through it to the samples.
+    `parameters()` are the heads' alone; gradients pass through the denoiser to the samples.
     """
 
     def __init__(
         self,
         backbone: Predicts,
         layers: Sequence[str],
-        shapes: Sequence[tuple[int, ...]],
+        latent_shape: Sequence[int],
+        condition: Condition,
         *,
-        learns: bool = False,
+        device: torch.device | str | None = None,
         width: int = 1280,
-        known: int = 0,
+        conditioned: bool = False,
     ):
-        """`shapes` of the layers' features come from `feature_shapes`. `learns`: the backbone, a `Denoiser`, is trained too.
+        """`condition` holds one sample. `conditioned`: the heads are told each sample's noise level and text.
 
-        With `known`, the length of what `sample_facts` gives, the heads are told each sample's noise level and text.
+        Raises UserError for layers that give nothing that a head can take.
         """
         super().__init__()
-        if learns:
-            self.backbone = backbone
-        else:
-            object.__setattr__(self, "backbone", backbone)
-        self.layers, self.heads, self.known = tuple(layers), Heads(shapes, width, known), known
+        object.__setattr__(self, "backbone", backbone)
+        shapes = feature_shapes(backbone, layers, latent_shape, condition, device)
+        self.known = sample_facts(torch.ones(1, device=device), condition).shape[1] if conditioned else 0
+        self.layers, self.heads = tuple(layers), Heads(shapes, width, self.known).to(device)
 
     backbone: Predicts
 

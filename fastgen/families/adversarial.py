@@ -14,13 +14,32 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen.denoiser import Condition, Denoiser, Guided
+from fastgen.critics import FeatureCritic
+from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.losses import noised
 from fastgen.method import Batch, Loss, Method, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction
 from fastgen.samplers import FewStep, even_times
+
+
+def layers_for(option: str, pipeline: Pipeline, remedy: str = "set it to 0") -> tuple[str, ...]:
+    """The pipeline's feature layers, for the discriminator that `option` asks for.
+
+    Raises UserError, with the `remedy`, where it has none.
+    """
+    if not pipeline.feature_layers:
+        raise UserError(f"{option} needs feature layers, and this pipeline has none; {remedy}")
+    return pipeline.feature_layers
+
+
+def feature_critic(
+    pipeline: Pipeline, backbone: Predicts, layers: Sequence[str], *, width: int = 1280, conditioned: bool = False
+) -> FeatureCritic:
+    """A discriminator of the pipeline's noised latents: heads on features of the frozen `backbone`."""
+    seen = backbone, layers, pipeline.latent_shape, pipeline.encode_prompts([""])
+    return FeatureCritic(*seen, device=pipeline.device, width=width, conditioned=conditioned)
 
 
 @dataclass

@@ -15,14 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.critics import FeatureCritic, feature_shapes
+from fastgen.critics import FeatureCritic
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
+from fastgen.families.adversarial import feature_critic, layers_for
 from fastgen.losses import hinge_critic, noised, pseudo_huber, wide
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import VP, shift_time, unshift_time
-from fastgen.rollouts import walk
+from fastgen.rollouts import time_grid, walk
 from fastgen.samplers import FewStep, even_times
 
 
@@ -87,12 +88,8 @@ class Consistency(Method):
             raise UserError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay:g}")
 
     def setup(self, pipeline: Pipeline) -> None:
-        process = pipeline.process
-        self.times = torch.tensor([*even_times(self.grid * self.solver_steps, process, self.shift), 0.0])
-        own = len(self.times.unique()) - 1
-        if own < self.grid * self.solver_steps:
-            points = f"grid = {self.grid} times solver_steps = {self.solver_steps}"
-            raise UserError(f"{points} is finer than the pipeline's own times, of which it meets {own}")
+        points = f"grid = {self.grid} times solver_steps = {self.solver_steps}"
+        self.times = time_grid(points, self.grid * self.solver_steps, pipeline.process, self.shift, pipeline.device)
         self.frozen = pipeline.frozen()
         self.student = pipeline.trainable("student", guidance_embedding=self.embed_guidance)
         self.told = self._told(pipeline)
@@ -166,9 +163,9 @@ class Consistency(Method):
     def chain(self, batch: Batch) -> Chain:
         """Diffuse the batch's data to random points of the grid, and let the teacher take its step from there."""
         assert batch.latents is not None
-        x0, times = batch.latents, self.times.to(batch.latents.device)
+        x0 = batch.latents
         start = self.solver_steps * torch.randint(self.grid, (len(x0),), device=x0.device)
-        t, r = times[start], times[start + self.solver_steps]
+        t, r = self.times[start], self.times[start + self.solver_steps]
         scale = self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(len(x0), device=x0.device)
         xt = noised(self.student.process, x0, torch.randn_like(x0), t)
         condition = batch.condition
@@ -176,21 +173,21 @@ class Consistency(Method):
             # Guided away from itself, the empty prompt is unguided.
             condition = condition.dropout(torch.rand(len(x0), device=x0.device) < self.prompt_dropout)
         with torch.no_grad():
-            xr = self.solve(xt, times, start, condition, scale)
-        return Chain(xt, t, xr, r, self.end(times, start), condition, scale)
+            xr = self.solve(xt, start, condition, scale)
+        return Chain(xt, t, xr, r, self.end(start), condition, scale)
 
     @abstractmethod
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
-        """The times [B] where the jumps end, none after the teacher's step from `times[start]` to the next point."""
+    def end(self, start: Tensor) -> Tensor:
+        """The times [B] where the jumps end, none after the teacher's step from position `start` [B] to the next point."""
 
-    def edge_below(self, times: Tensor, start: Tensor, parts: int) -> Tensor:
+    def edge_below(self, start: Tensor, parts: int) -> Tensor:
         """The times [B] of the next edge after position `start` [B] on the grid, which is cut into `parts` equal parts."""
         edges = self.solver_steps * torch.tensor([i * self.grid // parts for i in range(parts + 1)], device=start.device)
-        return times[edges[torch.searchsorted(edges, start, right=True)]]
+        return self.times[edges[torch.searchsorted(edges, start, right=True)]]
 
-    def solve(self, x: Tensor, times: Tensor, start: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+    def solve(self, x: Tensor, start: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         """The guided teacher's DDIM steps from position `start` [B] on the grid to the next point."""
-        return walk(self.guided(scale), x, times, start, self.solver_steps, condition)
+        return walk(self.guided(scale), x, self.times, start, self.solver_steps, condition)
 
     def guided(self, scale: Tensor) -> Predicts:
         """The teacher, guided as it is distilled."""
@@ -240,12 +237,8 @@ class AdversarialConsistency(Consistency):
         super().setup(pipeline)
         self.critic: FeatureCritic | None = None
         if self.adversary:
-            layers = pipeline.feature_layers
-            if not layers:
-                raise UserError(f"adversary = {self.adversary:g} needs feature layers, and this pipeline has none; set it to 0")
-            condition, device = pipeline.encode_prompts([""]), pipeline.device
-            shapes = feature_shapes(self.frozen, layers, pipeline.latent_shape, condition, device)
-            self.critic = FeatureCritic(self.frozen, layers, shapes).to(device)
+            layers = layers_for(f"adversary = {self.adversary:g}", pipeline)
+            self.critic = feature_critic(pipeline, self.frozen, layers)
 
     def players(self) -> Sequence[Player]:
         if self.critic is None or not self.is_adversarial:

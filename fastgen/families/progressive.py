@@ -19,10 +19,11 @@ from torch import Tensor
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.families.stages import Staged
-from fastgen.losses import landing, noised, snr
+from fastgen.losses import distance, landing, noised, snr
 from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
-from fastgen.process import Process
+from fastgen.process import Prediction, Process
+from fastgen.rollouts import time_grid
 from fastgen.samplers import FewStep, even_times
 
 
@@ -62,6 +63,9 @@ class ProgressiveDistillation(Staged):
         default=None, metadata={"help": "guidance of the first teacher, 1 = off; none: the pipeline's own", "at_least": 1}
     )
     shift: float = field(default=1.0, metadata={"help": "moves the steps towards noise, for flow models", "above": 0})
+    huber_c: float = field(
+        default=0.0, metadata={"help": "where the distance turns from square to absolute; 0: square", "at_least": 0}
+    )
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
     family: ClassVar[str] = "progressive"
@@ -77,9 +81,8 @@ class ProgressiveDistillation(Staged):
         return [self.start_steps, *self.stages[:-1]]
 
     def setup(self, pipeline: Pipeline) -> None:
-        own = len({t for t in even_times(self.start_steps, pipeline.process, self.shift) if t > 0})
-        if own < self.start_steps:
-            raise UserError(f"start_steps = {self.start_steps} is finer than the pipeline's own times, of which it meets {own}")
+        finest = time_grid(f"start_steps = {self.start_steps}", self.start_steps, pipeline.process, self.shift, pipeline.device)
+        self.grids = {self.start_steps: finest}
         self.scale = pipeline.default_guidance if self.guidance is None else self.guidance
         self.base: Predicts = pipeline.frozen()
         self.student = self.network(pipeline, "student")
@@ -168,10 +171,17 @@ class ProgressiveDistillation(Staged):
         process, x0, teacher = self.student.process, batch.latents, self.teachers[self.stage]
         points = points or self.steps
         count = math.lcm(points, teacher)
-        grid = torch.tensor([*even_times(count, process, self.shift), 0.0], device=x0.device)
+        grid = self.grid(count)
         place = count // points * torch.randint(points, (len(x0),), device=x0.device)
         times = [grid[(place + i * (count // teacher)).clamp(max=count)] for i in range(teacher // self.steps + 1)]
         return noised(process, x0, torch.randn_like(x0), times[0]), times
+
+    def grid(self, count: int) -> Tensor:
+        """`count` even times from 1 down, and 0; made once."""
+        if count not in self.grids:
+            times = even_times(count, self.student.process, self.shift)
+            self.grids[count] = torch.tensor([*times, 0.0], device=self.grids[self.start_steps].device)
+        return self.grids[count]
 
     @torch.no_grad()
     def taught(
@@ -195,3 +205,20 @@ class ProgressiveDistillation(Staged):
     def target(self, xt: Tensor, times: Sequence[Tensor], landed: Tensor) -> Tensor:
         """The x0 with which one step of the student from `xt` at the first of `times` is at `landed` at the last."""
         return landing(self.student.process, xt, times[0], landed, times[-1])[0].to(xt.dtype)
+
+    def regression(
+        self,
+        prediction: Prediction,
+        times: Sequence[Tensor],
+        condition: Condition,
+        guidance: Tensor | None = None,
+        teacher: Predicts | None = None,
+    ) -> Tensor:
+        """The distance of the student's x0 from that with which its step lands where the teacher's do (see `taught`)."""
+        xt = prediction.xt
+        target = self.target(xt, times, self.taught(xt, times, condition, guidance, teacher))
+        return distance(prediction.x0, target, self.huber_c, self.weight_at(times[0], xt))
+
+    def weight_at(self, t: Tensor, like: Tensor) -> Tensor:
+        """The weight of errors in x0 at `t` [B], shaped to broadcast against `like`."""
+        return truncated_snr(self.student.process, t, like)

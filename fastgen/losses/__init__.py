@@ -13,13 +13,14 @@ from fastgen.losses.adversarial import (
 )
 from fastgen.losses.contrast import contrast, distribution_matching, pull
 from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
-from fastgen.losses.distances import pseudo_huber, snr, squared, wide
+from fastgen.losses.distances import distance, pseudo_huber, snr, squared, wide
 from fastgen.losses.draws import logit_normal_times, shared_choice, shared_uniform, uniform_times
 
 __all__ = [
     "approximate_r1",
     "contrast",
     "denoising",
+    "distance",
     "distribution_matching",
     "hinge_critic",
     "hinge_student",

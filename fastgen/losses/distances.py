@@ -24,6 +24,11 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3, weight: Te
     return (weight * squares / ((squares + c**2).sqrt() + c)).mean()
 
 
+def distance(prediction: Tensor, target: Tensor, huber_c: float = 0.0, weight: Tensor | float = 1.0) -> Tensor:
+    """`squared`, or with `huber_c` above 0 `pseudo_huber`."""
+    return pseudo_huber(prediction, target, huber_c, weight) if huber_c else squared(prediction, target, weight)
+
+
 def snr(process: Process, t: Tensor, like: Tensor) -> Tensor:
     """Signal-to-noise ratio alpha^2 / sigma^2 at `t` [B], shaped to broadcast against `like`; finite at t = 0 too."""
     alpha, sigma = process.coefficients(t, like)

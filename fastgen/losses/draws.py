@@ -40,12 +40,12 @@ def logit_normal_times(
     return process.snap(shift_time(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift))
 
 
-def shared_choice(count: int, device: torch.device | str | None = None) -> int:
-    """One of `count` positions, the same on every process.
+def shared_choice(count: int, device: torch.device | str | None = None, weights: Tensor | None = None) -> int:
+    """One of `count` positions, the same on every process; `weights` [count] say how often each is drawn, equally if None.
 
     A draw that decides how many network calls follow has to be shared: sharded networks wait for each other in every call.
     """
-    choice = torch.randint(count, (1,), device=device)
+    choice = torch.randint(count, (1,), device=device) if weights is None else torch.multinomial(weights.to(device), 1)
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast(choice, 0)
     return int(choice)

@@ -64,15 +64,15 @@ class ConsistencyModel(Consistency):
         self.stage = step * self.halvings // total
         return super().advance(step, total)
 
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
-        return times[-1].expand(len(start))
+    def end(self, start: Tensor) -> Tensor:
+        return self.times[-1].expand(len(start))
 
-    def solve(self, x: Tensor, times: Tensor, start: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+    def solve(self, x: Tensor, start: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         if self.solver == "ddim":
-            return super().solve(x, times, start, condition, scale)
+            return super().solve(x, start, condition, scale)
         process, guided = self.student.process, self.guided(scale)
         for i in range(self.solver_steps):
-            t, r = times[start + i], times[start + i + 1]
+            t, r = self.times[start + i], self.times[start + i + 1]
             first = guided(x, t, condition)
             landed = first.at(r)
             # By the angle atan2(sigma, alpha) every process moves along v; DDIM keeps the first x0 and noise on the way.

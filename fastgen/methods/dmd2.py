@@ -9,6 +9,7 @@ import torch
 from fastgen.critics import ScoreCritic, feature_shapes
 from fastgen.denoiser import Condition
 from fastgen.errors import UserError
+from fastgen.families.adversarial import layers_for
 from fastgen.families.score_distillation import ScoreDistillation
 from fastgen.losses import nonsaturating_critic, nonsaturating_student, squared, uniform_times
 from fastgen.method import Batch, Loss, Need
@@ -52,10 +53,8 @@ class DMD2(ScoreDistillation):
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
-        layers = pipeline.feature_layers if self.gan_weight else ()
-        if self.gan_weight and not layers:
-            raise UserError(f"gan_weight = {self.gan_weight:g} needs feature layers, and this pipeline has none; set it to 0")
-        if layers:
+        if self.gan_weight:
+            layers = layers_for(f"gan_weight = {self.gan_weight:g}", pipeline)
             condition = pipeline.encode_prompts([""])
             shapes = feature_shapes(self.fake, layers, pipeline.latent_shape, condition, self.device)
             self.critic = ScoreCritic(self.critic.fake, layers, shapes).to(self.device)

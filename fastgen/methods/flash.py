@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fastgen.critics import FeatureCritic, feature_shapes
+from fastgen.critics import FeatureCritic
 from fastgen.denoiser import Condition, Denoiser, Guided
 from fastgen.errors import UserError
+from fastgen.families.adversarial import feature_critic, layers_for
 from fastgen.families.stages import Staged
 from fastgen.losses import (
+    distance,
     distribution_matching,
     least_squares_critic,
     least_squares_student,
     noised,
-    pseudo_huber,
-    shared_uniform,
-    squared,
+    shared_choice,
     uniform_times,
 )
 from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
-from fastgen.rollouts import walk
+from fastgen.rollouts import time_grid, walk
 from fastgen.samplers import FewStep, even_times
 
 LEVELS = (0.011, 0.251, 0.501, 0.751)
@@ -96,21 +94,15 @@ class Flash(Staged):
 
     def setup(self, pipeline: Pipeline) -> None:
         self.process, self.device = pipeline.process, pipeline.device
-        self.times = torch.tensor([*even_times(self.grid, self.process, self.shift), 0.0], device=self.device)
-        if (own := len(self.times.unique()) - 1) < self.grid:
-            raise UserError(f"grid = {self.grid} is finer than the pipeline's own times, of which it meets {own}")
+        self.times = time_grid(f"grid = {self.grid}", self.grid, self.process, self.shift, self.device)
         self.teacher, self.student = pipeline.frozen(), pipeline.trainable("student")
         middle = min(max(pipeline.default_guidance, self.guidance_low), self.guidance_high)
         self.told = middle if self.student.embeds_guidance else 1.0
         self.levels = self.process.snap(torch.tensor(LEVELS, device=self.device))
         self.critic: FeatureCritic | None = None
         if any(self.gan_weights):
-            layers = pipeline.feature_layers
-            if not layers:
-                raise UserError(f"gan_weights = {list(self.gan_weights)} need feature layers, and this pipeline has none")
-            condition = pipeline.encode_prompts([""])
-            shapes = feature_shapes(self.teacher, layers, pipeline.latent_shape, condition, self.device)
-            self.critic = FeatureCritic(self.teacher, layers, shapes, width=128).to(self.device)
+            layers = layers_for(f"gan_weights = {list(self.gan_weights)}", pipeline, "set all to 0")
+            self.critic = feature_critic(pipeline, self.teacher, layers, width=128)
 
     def players(self) -> Sequence[Player]:
         critic = [Player("critic", self.critic, self.critic_loss)] if self.critic is not None else []
@@ -145,8 +137,7 @@ class Flash(Staged):
     def start(self, batch: Batch) -> tuple[Tensor, int]:
         """The input of student and teacher, [B, ...], and its position on the grid, the same on all processes."""
         assert batch.latents is not None
-        sums = list(accumulate(self.start_probabilities().tolist()))
-        position = min(bisect(sums, shared_uniform(device=self.device)), self.grid - 1)
+        position = shared_choice(self.grid, self.device, self.start_probabilities())
         t = self.times[position].expand(len(batch.latents))
         return noised(self.process, batch.latents, torch.randn_like(batch.latents), t), position
 
@@ -169,7 +160,7 @@ class Flash(Staged):
         xt, position = self.start(batch)
         target = self.target(xt, position, batch.condition)
         x = self.answer(xt, position, batch.condition)
-        terms = {"distillation": pseudo_huber(x, target, self.huber_c) if self.huber_c else squared(x, target)}
+        terms = {"distillation": distance(x, target, self.huber_c)}
         if weight := self.matching_weights[self.stage]:
             terms["matching"] = weight * self.matching(x, batch.condition)
         if (weight := self.gan_weights[self.stage]) and self.critic is not None:

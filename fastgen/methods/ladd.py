@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.critics import FeatureCritic, feature_shapes, sample_facts
+from fastgen.critics import FeatureCritic
 from fastgen.denoiser import Condition, Guided
 from fastgen.errors import UserError
-from fastgen.families.adversarial import Adversarial
+from fastgen.families.adversarial import Adversarial, feature_critic, layers_for
 from fastgen.losses import (
     approximate_r1,
     hinge_critic,
@@ -94,13 +94,8 @@ class LADD(Adversarial):
         return frozenset({"prompts", "pairs" if self.real == "synthetic" else "images"})
 
     def make_critic(self, pipeline: Pipeline) -> FeatureCritic:
-        layers = self.layers or pipeline.feature_layers
-        if not layers:
-            raise UserError("this pipeline has no feature layers for the discriminator; name some of its network's in layers")
-        backbone, condition = Guided(pipeline.frozen(), self.told), pipeline.encode_prompts([""])
-        shapes = feature_shapes(backbone, layers, pipeline.latent_shape, condition, self.device)
-        known = sample_facts(torch.ones(1, device=self.device), condition).shape[1] if self.conditioned else 0
-        return FeatureCritic(backbone, layers, shapes, known=known)
+        layers = self.layers or layers_for("ladd", pipeline, "name some of its network's in layers")
+        return feature_critic(pipeline, Guided(pipeline.frozen(), self.told), layers, conditioned=self.conditioned)
 
     def advance(self, step: int, total: int) -> bool:
         self.early = step < self.early_updates
@@ -118,19 +113,22 @@ class LADD(Adversarial):
         eps = batch.noise if self.regression_weight else None
         return self.estimate(real, batch.condition, self.start_shares(), eps).x0.to(real.dtype), real
 
-    def view(self, x: Tensor, t: Tensor | None = None, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` as the discriminator is shown it, the time [B], and the noise."""
-        if t is None:
-            t = logit_normal_times(self.process, len(x), mean=self.noise_mean, std=self.noise_std, device=x.device)
-        eps = torch.randn_like(x) if eps is None else eps
-        return self.process.add_noise(x, eps, t).to(x.dtype), t, eps
+    def draw(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A time [B] and noise for samples of the shape of `like` that the discriminator is shown."""
+        t = logit_normal_times(self.process, len(like), mean=self.noise_mean, std=self.noise_std, device=like.device)
+        return t, torch.randn_like(like)
+
+    def view(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """`x` as the discriminator is shown it."""
+        return self.process.add_noise(x, eps, t).to(x.dtype)
 
     def critic_loss(self, batch: Batch) -> Loss:
         condition = batch.condition
         with torch.no_grad():
             fake, real = self.generate(batch)
-        shown, t, eps = self.view(real)
-        faked, t_fake, _ = self.view(fake, t, eps) if self.shared_noise else self.view(fake)
+        t, eps = self.draw(real)
+        t_fake, eps_fake = (t, eps) if self.shared_noise else self.draw(fake)
+        shown, faked = self.view(real, t, eps), self.view(fake, t_fake, eps_fake)
         samples, times, texts = [shown, faked], [t, t_fake], [condition, condition]
         mismatched = self.mismatch_weight > 0 and len(real) > 1  # of one sample there is no other text
         if mismatched:
@@ -149,8 +147,8 @@ class LADD(Adversarial):
 
     def student_loss(self, batch: Batch) -> Loss:
         fake, real = self.generate(batch)
-        xt, t, _ = self.view(fake)
-        logits = self.critic(xt, t, batch.condition)
+        t, eps = self.draw(fake)
+        logits = self.critic(self.view(fake, t, eps), t, batch.condition)
         terms = {"gan": hinge_student(logits) if self.objective == "hinge" else nonsaturating_student(logits)}
         if self.regression_weight:
             terms["regression"] = self.regression_weight * F.smooth_l1_loss(wide(fake), wide(real))

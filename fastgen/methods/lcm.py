@@ -39,8 +39,8 @@ class LCM(Consistency):
     def renewal(self) -> float:
         return self.gamma
 
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
-        return times[-1].expand(len(start))
+    def end(self, start: Tensor) -> Tensor:
+        return self.times[-1].expand(len(start))
 
     def jump(self, network: Predicts, x: Tensor, t: Tensor, s: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         return self.consistency(network, x, t, condition, scale)

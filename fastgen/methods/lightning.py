@@ -13,8 +13,9 @@ from torch import Tensor
 from fastgen.critics import TransitionCritic
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
-from fastgen.families.progressive import ProgressiveDistillation, truncated_snr
-from fastgen.losses import approximate_r1, nonsaturating_critic, nonsaturating_student, pseudo_huber, squared
+from fastgen.families.adversarial import layers_for
+from fastgen.families.progressive import ProgressiveDistillation
+from fastgen.losses import approximate_r1, nonsaturating_critic, nonsaturating_student
 from fastgen.method import Batch, Loss, Player
 from fastgen.pipelines.base import Pipeline
 
@@ -58,9 +59,6 @@ class Lightning(ProgressiveDistillation):
     )
     mse_weight: float = field(
         default=0.0, metadata={"help": "weight of the mse objective kept in adversarial stages", "at_least": 0}
-    )
-    huber_c: float = field(
-        default=0.0, metadata={"help": "where the mse objective turns from square to absolute; 0: square", "at_least": 0}
     )
     r1_weight: float = field(default=0.0, metadata={"help": "weight of the approximate R1 penalty; 0: none", "at_least": 0})
     fine_steps: int = field(
@@ -109,11 +107,10 @@ class Lightning(ProgressiveDistillation):
         super().setup(pipeline)
         self.critic: TransitionCritic | None = None
         if any(objective != "mse" for objective in self.objectives):
-            if not pipeline.feature_layers:
-                raise UserError(f"objectives = {list(self.objectives)} need feature layers, and this pipeline has none")
+            layers = layers_for(f"objectives = {list(self.objectives)}", pipeline, 'make all of them "mse"')
             condition, backbone = pipeline.encode_prompts([""]), pipeline.trainable("critic")
             where: dict[str, Any] = {"paired": self.objective == "conditional", "device": pipeline.device}
-            self.critic = TransitionCritic(backbone, pipeline.feature_layers, pipeline.latent_shape, condition, **where)
+            self.critic = TransitionCritic(backbone, layers, pipeline.latent_shape, condition, **where)
 
     @property
     def objective(self) -> Objective:
@@ -157,12 +154,6 @@ class Lightning(ProgressiveDistillation):
         """Diffused data where a step of the student begins, and the times from there to where it ends."""
         return self.begin(batch, max(self.steps, self.starts) if self.is_fine else self.steps)
 
-    def mse(self, x0: Tensor, xt: Tensor, times: list[Tensor], batch: Batch) -> Tensor:
-        """Progressive distillation: the student's x0 against the one that lands where the teacher does."""
-        target = self.target(xt, times, self.taught(xt, times, batch.condition))
-        weight = truncated_snr(self.student.process, times[0], xt)
-        return pseudo_huber(x0, target, self.huber_c, weight) if self.huber_c else squared(x0, target, weight)
-
     def views(self, ends: Sequence[Tensor], level: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the discriminator is shown of `ends` at times `level` [B]: in fine stages with more noise, all at one time."""
         if not self.is_fine:
@@ -177,13 +168,13 @@ class Lightning(ProgressiveDistillation):
         xt, times = self.start(batch)
         prediction = Guided(self.student, self.told)(xt, times[0], batch.condition)
         if self.objective == "mse":
-            return {"x0": self.mse(prediction.x0, xt, times, batch)}
+            return {"x0": self.regression(prediction, times, batch.condition)}
         assert self.critic is not None
         views, level = self.views([prediction.at(times[-1]).to(xt.dtype)], times[-1])
         (fake,) = self.critic(views, level, batch.condition, xt, times[0])
         terms = {"gan": nonsaturating_student(fake)}
         if self.mse_weight:
-            terms["x0"] = self.mse_weight * self.mse(prediction.x0, xt, times, batch)
+            terms["x0"] = self.mse_weight * self.regression(prediction, times, batch.condition)
         return terms
 
     def critic_loss(self, batch: Batch) -> Loss:

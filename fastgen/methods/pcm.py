@@ -37,8 +37,8 @@ class PCM(AdversarialConsistency):
     def reach(self) -> float:
         return 1 / self.steps
 
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
-        return self.edge_below(times, start, self.steps)
+    def end(self, start: Tensor) -> Tensor:
+        return self.edge_below(start, self.steps)
 
     def sampler(self, steps: int | None = None) -> FewStep:
         if steps not in (None, self.steps):

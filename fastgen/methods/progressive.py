@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastgen.denoiser import Denoiser, Guided
 from fastgen.errors import UserError
-from fastgen.families.progressive import ProgressiveDistillation, divided, truncated_snr
-from fastgen.losses import pseudo_huber, snr, squared
+from fastgen.families.progressive import ProgressiveDistillation, divided
+from fastgen.losses import snr
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 
@@ -43,9 +43,6 @@ class Progressive(ProgressiveDistillation):
     )
     weight: Literal["truncated_snr", "snr_plus_one"] = field(
         default="truncated_snr", metadata={"help": "weight of the error in x0: max(SNR, 1), or SNR + 1 (plain error in v)"}
-    )
-    huber_c: float = field(
-        default=0.0, metadata={"help": "where a pseudo-Huber loss turns from square to absolute; 0: square", "at_least": 0}
     )
 
     def __post_init__(self) -> None:
@@ -81,11 +78,9 @@ class Progressive(ProgressiveDistillation):
 
     def loss(self, batch: Batch) -> Loss:
         xt, times = self.begin(batch)
-        t, scale = times[0], self.scales(len(xt), xt.device)
-        target = self.target(xt, times, self.taught(xt, times, batch.condition, scale))
-        process = self.student.process
-        weight = truncated_snr(process, t, xt) if self.weight == "truncated_snr" else snr(process, t, xt) + 1
-        prediction = Guided(self.student, self.told)(xt, t, batch.condition, guidance=scale)
-        if self.huber_c:
-            return {"x0": pseudo_huber(prediction.x0, target, self.huber_c, weight)}
-        return {"x0": squared(prediction.x0, target, weight)}
+        scale = self.scales(len(xt), xt.device)
+        prediction = Guided(self.student, self.told)(xt, times[0], batch.condition, guidance=scale)
+        return {"x0": self.regression(prediction, times, batch.condition, scale)}
+
+    def weight_at(self, t: Tensor, like: Tensor) -> Tensor:
+        return super().weight_at(t, like) if self.weight == "truncated_snr" else snr(self.student.process, t, like) + 1

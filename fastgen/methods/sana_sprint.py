@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastgen.critics import FeatureCritic, feature_shapes
 from fastgen.denoiser import Retimed
-from fastgen.errors import UserError
+from fastgen.families.adversarial import feature_critic, layers_for
 from fastgen.families.continuous import TRIG, ContinuousConsistency, log_normal_times
 from fastgen.losses import hinge_critic, hinge_student, wide
 from fastgen.method import Batch, Loss, Player
@@ -48,12 +47,8 @@ class SanaSprint(ContinuousConsistency):
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
-        if not pipeline.feature_layers:
-            raise UserError(f"gan_weight = {self.gan_weight:g} needs feature layers, and this pipeline has none; use scm")
-        judge = Retimed(pipeline.frozen(), TRIG)
-        condition = pipeline.encode_prompts([""])
-        shapes = feature_shapes(judge, pipeline.feature_layers, pipeline.latent_shape, condition, self.device)
-        self.critic = FeatureCritic(judge, pipeline.feature_layers, shapes).to(self.device)
+        layers = layers_for(f"gan_weight = {self.gan_weight:g}", pipeline, "use scm")
+        self.critic = feature_critic(pipeline, Retimed(pipeline.frozen(), TRIG), layers)
 
     def players(self) -> Sequence[Player]:
         return [

@@ -13,6 +13,7 @@ from fastgen.families.mean_velocity import MeanVelocities
 from fastgen.losses import landing, noised, shared_uniform, squared, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
+from fastgen.rollouts import time_grid
 from fastgen.samplers import MeanVelocity, even_times
 
 
@@ -48,12 +49,7 @@ class Shortcut(MeanVelocities):
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
-        times = even_times(self.finest, self.process, self.shift)
-        if len(set(times)) < self.finest:
-            raise UserError(
-                f"finest = {self.finest} is finer than the pipeline's own times, of which it meets {len(set(times))}"
-            )
-        self.times = torch.tensor([*times, 0.0])
+        self.times = time_grid(f"finest = {self.finest}", self.finest, self.process, self.shift, self.device)
 
     def sampler(self, steps: int | None = None) -> MeanVelocity:
         steps = self.steps if steps is None else steps
@@ -64,7 +60,7 @@ class Shortcut(MeanVelocities):
 
     def loss(self, batch: Batch) -> Loss:
         assert batch.latents is not None
-        x0, condition, times = wide(batch.latents), batch.condition, self.times.to(batch.latents.device)
+        x0, condition, times = wide(batch.latents), batch.condition, self.times
         # How many there are decides which calls follow, so that all processes draw the same.
         long = int(len(x0) * self.bootstrap + shared_uniform(device=x0.device))
         start, stop = self.draw_steps(len(x0), long, x0.device)

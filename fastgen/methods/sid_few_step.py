@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.denoiser import Condition, Predicts
 from fastgen.errors import UserError
+from fastgen.families.adversarial import layers_for
 from fastgen.families.score_identity import ScoreIdentity, guarded
 from fastgen.losses import nonsaturating_critic, squared, wide
 from fastgen.method import Batch, Loss, Need
 from fastgen.pipelines.base import Pipeline
-from fastgen.process import Kind, Prediction, Process
+from fastgen.process import Kind, Process
 from fastgen.samplers import FewStep, SchedulerSpec
 
 
@@ -81,9 +80,7 @@ class SiDFewStep(ScoreIdentity):
                 raise UserError(f'strategy = "{self.strategy}" needs true guidance, but this network is told its scale')
             self.teacher = pipeline.frozen()
             self.guide_fake(*((0.0, 0.0) if self.strategy == "zero" else (1.0, self.anti_guidance)), self.prompt_dropout)
-        self.layers = pipeline.feature_layers if self.gan_weight else ()
-        if self.gan_weight and not self.layers:
-            raise UserError(f"gan_weight = {self.gan_weight:g} needs feature layers, and this pipeline has none; set it to 0")
+        self.layers = layers_for(f"gan_weight = {self.gan_weight:g}", pipeline) if self.gan_weight else ()
 
     def sampler(self, steps: int | None = None) -> FewStep:
         sampler = super().sampler(steps)
@@ -128,19 +125,8 @@ def pooled(features: dict[str, Tensor] | None) -> Tensor:
 class SameNoise(FewStep):
     """`FewStep` at gamma 1 that adds to each clean estimate the noise with which the sample began."""
 
-    def sample(
-        self,
-        denoiser: Predicts,
-        noise: Tensor,
-        condition: Condition,
-        *,
-        generator: torch.Generator | None = None,
-        exit_at: int | None = None,
-        guidance: float | None = None,
-        watch: Callable[[Prediction], None] | None = None,
-    ) -> Tensor:
-        renoising = _Renoising(self.times, self.gamma, self.guidance, noise)
-        return renoising.sample(denoiser, noise, condition, exit_at=exit_at, guidance=guidance, watch=watch)
+    def _renewed(self, first: Tensor, generator: torch.Generator | None) -> Tensor:
+        return first
 
     def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
         if self.steps == 1:
@@ -149,11 +135,3 @@ class SameNoise(FewStep):
             "no stock diffusers scheduler adds the first noise again in every step; "
             'to export a student, train it with noise = "fresh" or noise = "ddim"'
         )
-
-
-@dataclass(frozen=True)
-class _Renoising(FewStep):
-    noise: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def _onward(self, prediction: Prediction, t: Tensor, generator: torch.Generator | None) -> Tensor:
-        return prediction.process.add_noise(prediction.x0, self.noise, t)

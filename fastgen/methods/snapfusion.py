@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
-from fastgen.families.progressive import ProgressiveDistillation, divided, truncated_snr
+from fastgen.families.progressive import ProgressiveDistillation, divided
 from fastgen.losses import shared_uniform, squared, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
@@ -73,9 +73,8 @@ class SnapFusion(ProgressiveDistillation):
         scale = self.random_scales(xt) if guided else plain
         if not guided and self.caption_dropout:
             condition = condition.dropout(torch.rand(len(xt), device=xt.device) < self.caption_dropout)
-        target = self.target(xt, times, self.taught(xt, times, condition, teacher=Guided(self.source, scale)))
         prediction = Guided(self.student, scale)(xt, t, condition)
-        error = squared(prediction.x0, target, truncated_snr(self.student.process, t, xt))
+        error = self.regression(prediction, times, condition, teacher=Guided(self.source, scale))
         terms = {"guided_step" if guided else "step": error}
         if self.denoising_share:
             bare = Guided(self.student, plain)(xt, t, condition) if guided else prediction

@@ -33,6 +33,6 @@ class TCD(Consistency):
     def renewal(self) -> float:
         return self.renewal_on_tables(self.gamma, 0.3)
 
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
-        r = times[start + self.solver_steps]
+    def end(self, start: Tensor) -> Tensor:
+        r = self.times[start + self.solver_steps]
         return r * torch.rand_like(r)

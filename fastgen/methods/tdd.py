@@ -63,12 +63,12 @@ class TDD(AdversarialConsistency):
     def reach(self) -> float:
         return 1 / self.steps_low
 
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
+    def end(self, start: Tensor) -> Tensor:
         targets = self.solver_steps * torch.tensor(self.targets, device=start.device)
         nearest = targets[torch.searchsorted(targets, start + self.solver_steps)][:, None]
         furthest = nearest + WINDOW / self.steps_low * self.grid * self.solver_steps
         within = ((targets >= nearest) & (targets <= furthest)).float()
-        s = times[targets[torch.multinomial(within, 1).squeeze(1)]]
+        s = self.times[targets[torch.multinomial(within, 1).squeeze(1)]]
         return s * (1 - self.jitter * torch.rand_like(s))
 
     def sampler(self, steps: int | None = None) -> FewStep:

@@ -71,8 +71,8 @@ class TSCD(Staged, AdversarialConsistency):
     def reach(self) -> float:
         return 1 / self.parts
 
-    def end(self, times: Tensor, start: Tensor) -> Tensor:
-        low, r = self.edge_below(times, start, self.parts), times[start + self.solver_steps]
+    def end(self, start: Tensor) -> Tensor:
+        low, r = self.edge_below(start, self.parts), self.times[start + self.solver_steps]
         return low + (r - low) * torch.rand_like(r)
 
     @property
