@@ -8,24 +8,25 @@ black to a square. The authors compute in half precision on a GPU; here it is fl
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import open_clip
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, resize
 
 from fastgen.errors import UserError
-from fastgen.eval.networks.towers import Clip, cosines, first_line, hash_at_hand, note_cut_prompts, untrained_clip
+from fastgen.eval.networks.towers import Clip, cosines, first_line, hash_at_hand, note_cut_prompts
 from fastgen.eval.registry import Evidence, Reading, Score, metric
 from fastgen.eval.weights import Weights, locate, read_tensors
 from fastgen.eval.world import World
 
 ARCHITECTURE = "ViT-H-14"
 WEIGHTS = Weights("HPS_v2.1_compressed.pt", "xswu/HPSv2")
+CONTEXT = 77
 BATCH = 32
 
 
@@ -34,14 +35,18 @@ def load(world: World, device: str = "cpu") -> Clip:
     """The network. Raises UserError where its file is missing or is something else."""
     path = locate(WEIGHTS, world, what="HPS v2.1")
     found = read_tensors(path)
-    clip = untrained_clip(ARCHITECTURE, "HPS v2.1", device)
+    config: dict[str, Any] = open_clip.get_model_config(ARCHITECTURE)
+    with init_empty_weights(include_buffers=False):  # saves a minute of random numbers
+        model = open_clip.CLIP(**config)
     try:
-        clip.model.load_state_dict(found.get("state_dict", found))
+        model.load_state_dict(found.get("state_dict", found), assign=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} does not hold the weights of open_clip's {ARCHITECTURE}: {first_line(error)}") from error
-    visual: Any = clip.model.visual
-    size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
-    return replace(clip, preprocess=lambda images: padded(images, size))
+    network = model.float().eval().requires_grad_(False).to(device)
+    size = config["vision_cfg"]["image_size"]
+    return Clip(
+        "HPS v2.1", network, lambda images: padded(images, size), open_clip.get_tokenizer(ARCHITECTURE), CONTEXT, device
+    )
 
 
 def padded(images: Tensor, size: int) -> Tensor:

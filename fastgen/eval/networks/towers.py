@@ -123,12 +123,6 @@ def known_clip(name: str, world: World, device: str = "cpu") -> Clip:
     return _clip(f"CLIP {name}", model, by_pillow(transform), tokenizer, device)
 
 
-def untrained_clip(architecture: str, name: str, device: str = "cpu") -> Clip:
-    """An architecture of open_clip's to load weights into."""
-    model, _, transform = open_clip.create_model_and_transforms(architecture, device=device)
-    return _clip(name, model, by_pillow(transform), open_clip.get_tokenizer(architecture), device)
-
-
 def build_clip(
     architecture: str, path: Path, *, quick_gelu: bool, device: str, **options: Any
 ) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
