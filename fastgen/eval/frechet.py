@@ -73,7 +73,7 @@ class FrechetTo:
         covariance = generated.covariance
         values, vectors = torch.linalg.eigh(self._product(covariance))
         values = values.clamp_min(0)
-        kept = values > values.max() * len(values) * torch.finfo(torch.double).eps
+        kept = above_rounding(values)
         half = self.root @ (vectors[:, kept] * values[kept] ** -0.25)
         by_covariance = torch.eye(len(covariance), dtype=torch.double) - half @ half.T
         return Frechet(self._value(generated.mean, covariance, values), 2 * (generated.mean - self.mean), by_covariance)
@@ -93,8 +93,14 @@ def factor(covariance: Tensor) -> Tensor:
     if not failed:
         return lower
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values > values.max().clamp_min(0) * len(values) * torch.finfo(torch.double).eps
+    kept = above_rounding(values)
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def above_rounding(values: Tensor) -> Tensor:
+    """Which eigenvalues [D] of a positive matrix are more than rounding errors."""
+    largest = values.max().item() if len(values) else 0.0
+    return values > max(largest, 0.0) * len(values) * torch.finfo(torch.double).eps
 
 
 def frechet_distance(generated: Gaussian, reference: Gaussian) -> float:
