@@ -12,6 +12,7 @@ from fastgen.pipelines.cogview4 import CogView4
 from fastgen.pipelines.cosmos2 import Cosmos2
 from fastgen.pipelines.ernie import Ernie, Fibo2
 from fastgen.pipelines.flux2 import Flux2
+from fastgen.pipelines.hidream import HiDream
 from fastgen.pipelines.kandinsky5 import Kandinsky5
 from fastgen.pipelines.loading import load_pipeline
 from fastgen.pipelines.prx_pixel import PRXPixel
@@ -25,6 +26,7 @@ __all__ = [
     "Ernie",
     "Fibo2",
     "Flux2",
+    "HiDream",
     "Kandinsky5",
     "LoraOptions",
     "PRXPixel",
