@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
 from fastgen.errors import UserError
-from fastgen.eval import PHOTO
+from fastgen.eval import PHOTO, World
 from fastgen.eval.detector import REPOSITORY, ColourReader, cut_out, detect, load_detector, objects, prepare
 from fastgen.eval.evaluation import gather, measure_images
 from fastgen.eval.geneval import CLASSES, COLOURS, Detection, judge, kept, relations, requirements, write_geneval
-from fastgen.eval.images import from_pillow, read_images
+from fastgen.eval.images import read_images
 from fastgen.eval.prompt_sets import read_prompt_set
 
 Box = tuple[float, float, float, float]
@@ -273,30 +273,21 @@ def test_a_tiny_network_detects_and_is_read_from_files(tmp_path: Path, monkeypat
 # -- colours ---------------------------------------------------------------------------------------------------------------
 
 
-class FakeClip(nn.Module):
+class FakeClip:
     """Sees the mean colour of a crop; knows the words for three."""
 
-    def encode_image(self, images: Tensor, normalize: bool) -> Tensor:
-        return nn.functional.normalize(images.mean((2, 3)) - 0.1, dim=1)
+    def see(self, images: Tensor) -> Tensor:
+        return nn.functional.normalize(images.float().mean((2, 3)) / 255 - 0.1, dim=1)
 
-    def encode_text(self, tokens: list[str], normalize: bool) -> Tensor:
+    def read(self, prompts: list[str]) -> Tensor:
         known = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
-        words = [next((vector for word, vector in known.items() if word in text), (-1.0, -1.0, -1.0)) for text in tokens]
+        words = [next((vector for word, vector in known.items() if word in text), (-1.0, -1.0, -1.0)) for text in prompts]
         return nn.functional.normalize(torch.tensor(words), dim=1)
 
 
-class Words(list):
-    def to(self, device: str) -> Words:
-        return self
-
-
-def fake_clip(world, device="cpu"):
-    assert world.clip == "ViT-L-14/openai"
-
-    def preprocess(picture):
-        return from_pillow([picture])[0].float() / 255
-
-    return FakeClip(), preprocess, Words
+def fake_clip(name: str, world: World, device: str = "cpu") -> FakeClip:
+    assert name == "ViT-L-14/openai" and world is PHOTO
+    return FakeClip()
 
 
 def test_an_object_is_cut_out_on_grey():
@@ -304,12 +295,13 @@ def test_an_object_is_cut_out_on_grey():
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:4, 2:4] = True
     cut = cut_out(image, Detection((1, 2, 5, 6), 1, mask))
-    assert cut.size == (4, 4) and cut.getpixel((1, 0)) == (200,) * 3 and cut.getpixel((0, 0)) == (0x99,) * 3
-    assert cut_out(image, Detection((0, 0, 3, 2), 1)).getpixel((0, 0)) == (200,) * 3
+    assert cut.shape == (3, 4, 4) and (cut[:, :2, 1:3] == 200).all() and (cut == 200).sum() == 3 * 4
+    assert (cut[:, 0, 0] == 0x99).all()
+    assert (cut_out(image, Detection((0, 0, 3, 2), 1)) == 200).all()
 
 
 def test_colours_and_the_score_from_end_to_end(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastgen.eval.detector.load_clip", fake_clip)
+    monkeypatch.setattr("fastgen.eval.detector.known_clip", fake_clip)
     images = torch.full((4, 3, 16, 16), 128, dtype=torch.uint8)
     images[:, :, 4:12, 4:12] = torch.tensor([220, 10, 10], dtype=torch.uint8)[:, None, None]
     images[2, :, 4:12, 4:12] = torch.tensor([10, 10, 220], dtype=torch.uint8)[:, None, None]

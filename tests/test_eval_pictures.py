@@ -17,8 +17,9 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from fastgen.data.toy.scenes import Scenes
 from fastgen.errors import UserError
-from fastgen.eval import PHOTO
+from fastgen.eval import PHOTO, TOY
 from fastgen.eval.evaluation import gather, measure_images, real_images, toy_prompts
+from fastgen.eval.features import Embedded, extract
 from fastgen.eval.images import PictureFolder, from_uint8, to_uint8, write_images
 from fastgen.eval.lpips import HEADS, TRUNK, Lpips, load_lpips
 from fastgen.eval.measures.accuracy import binding
@@ -132,6 +133,22 @@ def test_prompts_with_different_numbers_of_seeds():
     assert "diversity" not in measured.each and "diversity" in measured.intervals
 
 
+def test_features_of_the_first_images_alone():
+    prompts, scenes, images, teacher = world()
+    count = 5 * SEEDS + 1
+    whole = gather(images, prompts, scenes=scenes, teacher=teacher)
+    for which in ("images", "reference", "teacher"):
+        whole._features[which, TOY.features] = Embedded.of(extract(getattr(whole, which), TOY), rows=count)
+    first = slice(count)
+    given = {"scenes": scenes[first], "reference": whole.reference[first], "teacher": teacher[first]}
+    part = gather(images[first], prompts[first], **given)
+    names = ["diversity", "vendi", "teacher_fidelity"]
+    found, expected = measure_images(whole, names), measure_images(part, names)
+    assert found.scores == pytest.approx(expected.scores, rel=1e-4)
+    assert found.notes == [f"Pairs and single images are measured on the first {count} of {NUMBER} images."]
+    assert found.each == {} and {"diversity", "teacher_distance"} <= found.intervals.keys()
+
+
 def test_one_prompt_and_one_image_of_each():
     prompts, scenes, images, teacher = world()
     one = measure_images(gather(images[:SEEDS], prompts[:SEEDS], scenes=scenes[:SEEDS]), ["diversity", "vendi"])
@@ -146,7 +163,7 @@ def test_dino_distances_come_from_its_own_features():
     evidence = gather(noise(4), ["a", "a", "b", "b"], teacher=noise(4, seed=1), world=PHOTO)
     vectors = {"images": torch.eye(4), "teacher": torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])}
     for which, features in vectors.items():
-        evidence._features[which, "dinov2-vit-b-14"] = {"fid": features.double()}
+        evidence._features[which, "dinov2-vit-b-14"] = Embedded.of({"fid": features.double()})
     scores = measure_images(evidence, ["dino_diversity"]).scores
     assert scores == pytest.approx({"dino_diversity": 1.0, "dino_diversity_teacher_ratio": 2.0})
 

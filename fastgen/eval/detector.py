@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
 from fastgen.eval.geneval import CLASSES, COLOURS, CONFIDENCE, Detection
-from fastgen.eval.images import to_pillow
-from fastgen.eval.measures.clip_score import load_clip
+from fastgen.eval.networks.towers import clip_weights, hash_at_hand, known_clip
 from fastgen.eval.weights import Weights, locate, read_tensors
 from fastgen.eval.world import World
 
@@ -34,6 +31,11 @@ MOST_QUERIES = 100
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AROUND = (0x99, 0x99, 0x99)
 """The grey that is painted around an object before its colour is asked for."""
+
+
+def hashes(world: World) -> dict[str, str | None]:
+    """SHA-256 of the weights of detector and colour reader, where they are at hand."""
+    return {REPOSITORY: hash_at_hand(WEIGHTS, world), COLOUR_CLIP: hash_at_hand(clip_weights(COLOUR_CLIP), world)}
 
 
 @lru_cache(maxsize=1)
@@ -109,30 +111,27 @@ class ColourReader:
     """The nearest of GenEval's colours to an object, by zero-shot classification."""
 
     def __init__(self, world: World, device: str = "cpu") -> None:
-        self.model, self.preprocess, self.tokenizer = load_clip(replace(world, clip=COLOUR_CLIP), device)
-        self.device = device
+        self.clip = known_clip(COLOUR_CLIP, world, device)
         self.known: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def classifier(self, name: str) -> Tensor:
         """A unit vector for each colour of things of a class: [10, D]; the mean over templates."""
         if name not in self.known:
             texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
-            said = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)  # type: ignore[operator]
-            self.known[name] = F.normalize(said.unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1), dim=1)
+            self.known[name] = F.normalize(self.clip.read(texts).unflatten(0, (len(COLOURS), len(TEMPLATES))).mean(1), dim=1)
         return self.known[name]
 
-    @torch.no_grad()
     def __call__(self, image: Tensor, found: Sequence[Detection], name: str) -> list[str]:
         """The colour of each object of class `name` in an image, uint8 [3, H, W]."""
-        crops = torch.stack([self.preprocess(cut_out(image, one)) for one in found])
-        seen = self.model.encode_image(crops.to(self.device), normalize=True)  # type: ignore[operator]
+        seen = torch.cat([self.clip.see(cut_out(image, one)[None]) for one in found])  # crops have different sizes
         return [COLOURS[i] for i in (seen @ self.classifier(name).T).argmax(1).tolist()]
 
 
-def cut_out(image: Tensor, found: Detection) -> Image.Image:
-    """The object in its box, on grey."""
+def cut_out(image: Tensor, found: Detection) -> Tensor:
+    """The object of an image (uint8 [3, H, W]) in its box, on grey: uint8 [3, h, w]."""
+    image = image.cpu()
     if found.mask is not None:
         grey = torch.tensor(AROUND, dtype=torch.uint8)[:, None, None]
-        image = torch.where(found.mask, image.cpu(), grey)
-    return to_pillow(image[None].cpu())[0].crop(tuple(round(end) for end in found.box))
+        image = torch.where(found.mask, image, grey)
+    left, top, right, bottom = map(round, found.box)
+    return image[:, top:bottom, left:right]

@@ -16,6 +16,7 @@ from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS, SampleSimila
 from torchvision.models.vgg import cfgs, make_layers
 
 from fastgen.errors import UserError
+from fastgen.eval.networks.towers import hash_at_hand
 from fastgen.eval.weights import Weights, locate, read_tensors
 from fastgen.eval.world import World
 
@@ -59,6 +60,11 @@ class Lpips(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """LPIPS of each pair of uint8 images [B, 3, H, W]: [B]."""
         return self.distance(self.features(a), self.features(b))
+
+
+def hashes(world: World) -> dict[str, str | None]:
+    """SHA-256 of the two files of weights, where they are at hand."""
+    return {weights.file: hash_at_hand(weights, world) for weights in (HEADS, TRUNK)}
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import UserError
-from fastgen.eval.detector import ColourReader, detect, load_detector
+from fastgen.eval.detector import ColourReader, detect, hashes, load_detector
 from fastgen.eval.geneval import TASKS, judge, kept, requirements
 from fastgen.eval.images import batches
 from fastgen.eval.ratios import clustered_error
@@ -42,7 +42,7 @@ def right_images(evidence: Evidence, wanted: list[dict | None]) -> Tensor:
     return torch.tensor(right)
 
 
-@metric(KEY, needs=("images", "prompts"), readings=READINGS, worlds=("photo",), usual=False)
+@metric(KEY, needs=("images", "prompts"), readings=READINGS, worlds=("photo",), usual=False, networks=hashes)
 def geneval_compatible(evidence: Evidence) -> dict[str, Score]:
     """Share of right images of each task, and the mean over the tasks."""
     prompts = evidence.prompts

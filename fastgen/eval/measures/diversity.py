@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.errors import UserError
+from fastgen.eval.dinov2 import dino_weights
 from fastgen.eval.images import Images
-from fastgen.eval.lpips import Lpips, load_lpips
+from fastgen.eval.lpips import Lpips, hashes, load_lpips
+from fastgen.eval.networks.towers import hash_at_hand
 from fastgen.eval.ratios import ratio
 from fastgen.eval.registry import Evidence, ImageSet, Reading, Score, metric
 
@@ -90,15 +92,23 @@ def pairwise_distance(features: Tensor, prompts: Sequence[str]) -> float | None:
     return spread([euclidean(features[some]) for some in rows]).mean().item() if rows else None
 
 
+def covered(evidence: Evidence, extractor: str | None = None) -> int:
+    """Of how many images, from the first, the features are kept; noted where these are not all."""
+    rows = len(evidence.features("images", extractor)["fid"])
+    if rows < len(evidence.images):
+        evidence.note(f"Pairs and single images are measured on the first {rows} of {len(evidence.images)} images.")
+    return rows
+
+
 def seed_diversity(
-    evidence: Evidence, key: str, matrices: Callable[[ImageSet, list[list[int]]], list[Tensor]]
+    evidence: Evidence, key: str, count: int, matrices: Callable[[ImageSet, list[list[int]]], list[Tensor]]
 ) -> dict[str, Score]:
-    """The scores of `ratio_readings`, from distances [K, K] of the given rows of an image set.
+    """The scores of `ratio_readings` on the first `count` images, from distances [K, K] of the given rows of an image set.
 
     An image's own value is its mean distance to the others of its prompt; it is given where all prompts have the same number.
     """
     assert evidence.prompts is not None
-    rows = groups(evidence.prompts)
+    rows = groups(evidence.prompts[:count])
     if not rows:
         raise UserError("it needs at least two images of some prompt")
     own = matrices("images", rows)
@@ -132,7 +142,7 @@ def diversity(evidence: Evidence) -> dict[str, Score]:
         features = evidence.features(which)["fid"]
         return [euclidean(features[some]) for some in rows]
 
-    return seed_diversity(evidence, "diversity", matrices)
+    return seed_diversity(evidence, "diversity", covered(evidence), matrices)
 
 
 @metric(
@@ -141,6 +151,7 @@ def diversity(evidence: Evidence) -> dict[str, Score]:
     readings=ratio_readings("dino_diversity", "Seed diversity (DINOv2)"),
     worlds=("photo",),
     usual=False,
+    networks=lambda world: {DINO: hash_at_hand(dino_weights(DINO), world)},
 )
 def dino_diversity(evidence: Evidence) -> dict[str, Score]:
     """Mean cosine distance of DINOv2 ViT-B/14 features."""
@@ -149,7 +160,7 @@ def dino_diversity(evidence: Evidence) -> dict[str, Score]:
         features = evidence.features(which, DINO)["fid"]
         return [cosine(features[some]) for some in rows]
 
-    return seed_diversity(evidence, "dino_diversity", matrices)
+    return seed_diversity(evidence, "dino_diversity", covered(evidence, DINO), matrices)
 
 
 @metric(
@@ -158,6 +169,7 @@ def dino_diversity(evidence: Evidence) -> dict[str, Score]:
     readings=ratio_readings("lpips_diversity", "Seed diversity (LPIPS)"),
     worlds=("photo",),
     usual=False,
+    networks=hashes,
 )
 def lpips_diversity(evidence: Evidence) -> dict[str, Score]:
     """Mean LPIPS."""
@@ -167,4 +179,4 @@ def lpips_diversity(evidence: Evidence) -> dict[str, Score]:
         images: Images = getattr(evidence, which)
         return [lpips_matrix(pick(images, some), network, evidence.device) for some in rows]
 
-    return seed_diversity(evidence, "lpips_diversity", matrices)
+    return seed_diversity(evidence, "lpips_diversity", len(evidence.images), matrices)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.eval.images import Images, batches
-from fastgen.eval.lpips import load_lpips
-from fastgen.eval.measures.diversity import groups
+from fastgen.eval.lpips import hashes, load_lpips
+from fastgen.eval.measures.diversity import covered, groups
+from fastgen.eval.ratios import clustered_error
 from fastgen.eval.registry import Evidence, Reading, Score, metric
 
 BATCH = 16
@@ -60,13 +61,16 @@ def teacher_pixels(evidence: Evidence) -> dict[str, Score]:
 def teacher_fidelity(evidence: Evidence) -> dict[str, Score]:
     """Euclidean distance in the world's features, and what it is to the teacher's images from other noise."""
     mine, theirs = (evidence.features(which)["fid"] for which in ("images", "teacher"))
-    scores = {"teacher_distance": Score.mean((mine - theirs).norm(dim=1))}
-    if evidence.prompts is not None and (other := to_other_seeds(mine, theirs, list(evidence.prompts))) is not None:
+    count, each = covered(evidence), (mine - theirs).norm(dim=1)
+    prompts = None if evidence.prompts is None else list(evidence.prompts[:count])
+    part = Score(each.mean().item(), error=clustered_error(each, prompts))
+    scores = {"teacher_distance": Score.mean(each) if count == len(evidence.images) else part}
+    if prompts is not None and (other := to_other_seeds(mine, theirs, prompts)) is not None:
         scores["teacher_distance_other"] = Score(other.mean().item())
     return scores
 
 
-@metric("teacher_lpips", needs=("images", "teacher"), readings=LPIPS, worlds=("photo",), usual=False)
+@metric("teacher_lpips", needs=("images", "teacher"), readings=LPIPS, worlds=("photo",), usual=False, networks=hashes)
 def teacher_lpips(evidence: Evidence) -> dict[str, Score]:
     """LPIPS of each image and the teacher's."""
     teacher, network = same_size(evidence), load_lpips(evidence.world, evidence.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import UserError
-from fastgen.eval.measures.diversity import diversity_ratios, groups, ratio_readings
+from fastgen.eval.measures.diversity import covered, diversity_ratios, groups, ratio_readings
 from fastgen.eval.registry import Evidence, ImageSet, Reading, Score, metric
 
 SET = "Vendi score of all images"
@@ -53,9 +53,9 @@ def vendi(evidence: Evidence) -> dict[str, Score]:
     def whole(which: ImageSet) -> Tensor:
         return torch.tensor([vendi_score(features(which))], dtype=torch.double)
 
-    own = whole("images")
+    count, own = covered(evidence), whole("images")
     scores = {"vendi_set": Score(own.item())} | diversity_ratios(evidence, "vendi_set", own, whole)
-    rows = groups(evidence.prompts)
+    rows = groups(evidence.prompts[:count])
     if not rows:
         evidence.note("The Vendi score of a prompt was left out: it needs at least two images of some prompt.")
         return scores
