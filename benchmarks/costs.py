@@ -81,6 +81,12 @@ def batch(pipeline: Pipeline) -> Batch:
     return Batch(pipeline.encode_prompts(PROMPTS), shape, latents, noise, target, PROMPTS)
 
 
+def student_every(method: Method) -> int:
+    """In which updates the student of a method that has been set up moves: every so many."""
+    own = {id(weight) for weight in method.trained.parameters()}
+    return next(player.every for player in method.players() if own & {id(weight) for weight in player.weights.parameters()})
+
+
 def cost(name: str) -> dict[str, Any]:
     """Calls of an update, roles, and the numbers of steps the student can be sampled in."""
     torch.manual_seed(0)
@@ -90,11 +96,10 @@ def cost(name: str) -> dict[str, Any]:
     method.setup(pipeline)
     data = batch(pipeline)
     counter.trained = counter.forward = 0.0
-    own, total = {id(weight) for weight in method.trained.parameters()}, run.train.steps
+    total = run.train.steps
     for place in range(ROUNDS):  # through all stages of those that have some
         method.advance(step := place * total // ROUNDS, total)
-        every = next(p.every for p in method.players() if own & {id(weight) for weight in p.weights.parameters()})
-        for update in range(every):
+        for update in range(student_every(method)):
             if update:
                 method.advance(step + update, total)
             for player in method.players():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.costs import student_every
 from fastgen import config, methods
 from fastgen.config import RunConfig
 from fastgen.denoiser import Predicts
@@ -41,8 +41,10 @@ RECORDS = ROOT / "benchmarks" / "results" / "methods"
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "torch-fidelity", "open-clip-torch")
 STUDENT_UPDATES, CPU_MINUTES, IMAGES = 2000, 20.0, 600
 STEPS, TEACHER_STEPS, GUIDANCE = (1, 2, 4, 8), (50, 8, 4, 2, 1), 3.0
-TRIAL = (4, 12)
-"""Updates of the two short runs whose difference says what an update costs."""
+SHORT, MOVES = 8, 8
+"""Of two short runs whose difference says what an update costs: updates of the first, each stage of a recipe has one at least,
+and how often the student moves in the other beyond that.
+"""
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -54,12 +56,6 @@ def recipe(name: str, seed: int) -> RunConfig:
     return config.load(ROOT / "configs" / "toy" / f"{name}.toml", own)
 
 
-def student_every(run: RunConfig) -> int:
-    """In which of the run's updates the student moves, once its method has been set up."""
-    own = {id(weight) for weight in run.method.trained.parameters()}
-    return next(player.every for player in run.method.players() if own & {id(weight) for weight in player.weights.parameters()})
-
-
 def cpu_seconds(run: Callable[[], Any]) -> float:
     start = time.process_time()
     run()
@@ -67,17 +63,20 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 
 
 def trial(name: str, seed: int) -> tuple[float, int]:
-    """CPU seconds of an update, and in which updates the student moves."""
-    seconds = []
-    for updates in TRIAL:
-        run = recipe(name, seed)
-        run.train.steps, run.data.pool = updates * max(1, getattr(run.method, "student_every", 1)), 256
-        with tempfile.TemporaryDirectory(prefix="fastgen-trial-") as folder:
-            seconds.append(
-                cpu_seconds(lambda run=run, folder=folder: distill(run, Path(folder), offline=True, quiet=True, device="cpu"))
-            )  # type: ignore[misc]
-    every = student_every(run)
-    return (seconds[1] - seconds[0]) / (TRIAL[1] - TRIAL[0]) / max(1, getattr(run.method, "student_every", 1)), every
+    """CPU seconds of an update, and in which updates the student moves, from a short run and one in which it moves more."""
+    short, every = short_run(name, seed, SHORT)
+    more = MOVES * every
+    longer, _ = short_run(name, seed, SHORT + more)
+    return (longer - short) / more, every
+
+
+def short_run(name: str, seed: int, updates: int) -> tuple[float, int]:
+    """CPU seconds of a run of so many updates, and in which of them the student moves."""
+    run = recipe(name, seed)
+    run.train.steps, run.data.pool = updates, 256
+    with tempfile.TemporaryDirectory(prefix="fastgen-trial-") as folder:
+        seconds = cpu_seconds(lambda: distill(run, Path(folder), offline=True, quiet=True, device="cpu"))
+    return seconds, student_every(run.method)
 
 
 def train(name: str, seed: int, folder: Path, updates: int, minutes: float) -> dict[str, Any]:
@@ -194,7 +193,7 @@ def main() -> None:
     if args.page:
         from benchmarks.methods_page import write_page
 
-        print(write_page(RECORDS, ROOT / "docs" / "methods.md"))
+        print(write_page(RECORDS, ROOT / "docs" / "methods.md", ROOT / "docs" / "methods-findings.json"))
         return
     torch.set_num_threads(1)
     if args.teacher:
@@ -225,7 +224,7 @@ def main() -> None:
             "seed": args.seed,
             "images": args.images,
             **environment(),
-            "threads": os.environ.get("OMP_NUM_THREADS", "1"),
+            "threads": str(torch.get_num_threads()),
             **record,
         },
     )

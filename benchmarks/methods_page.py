@@ -1,4 +1,7 @@
-"""docs/methods.md: what every method reached on the toy teacher, from the records in benchmarks/results/methods/."""
+"""docs/methods.md: what every method reached on the toy teacher, from the records in benchmarks/results/methods/.
+
+docs/methods-findings.json has, by method, what is known of why it misses: sentences written by hand, shown beside the figures.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,9 @@ order on photographs: what the page shows is that each method works, and how it 
 
 A method *passes* at a number of steps when its strict accuracy (every attribute of the picture as the prompt says) is at
 least {accuracy:.0%} of the 50-step teacher's and its Fréchet distance is at most half the teacher's at one step, at most the
-teacher's at others.
+teacher's at others. Where there are several seeds, figures are medians, with least and greatest in parentheses.
 """
+UNEXPLAINED = "Why is not known yet."
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
@@ -56,22 +60,24 @@ def at(records: Sequence[Record], steps: int) -> list[dict[str, float]]:
     return [row["scores"] for record in records for row in record["rows"] if row["steps"] == steps]
 
 
-def mean(rows: Sequence[dict[str, float]], key: str) -> float:
-    return statistics.mean(row[key] for row in rows)
+def median(rows: Sequence[dict[str, float]], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
 
 
 def shown(rows: Sequence[dict[str, float]], key: str, digits: int) -> str:
-    """Mean and, over several seeds, half the range."""
+    """Median and, over several seeds, the range."""
     values = [row[key] for row in rows]
-    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(rows, key):.{digits}f}{half}"
+    span = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{median(rows, key):.{digits}f}{span}"
 
 
-def passes(rows: Sequence[dict[str, float]], teacher: Sequence[Record], steps: int) -> bool:
-    """Whether a method beats the teacher at this number of steps as the page defines it."""
-    distance = mean(rows, "fd") / mean(at(teacher, steps), "fd")
-    accuracy = mean(rows, "accuracy") / mean(at(teacher, 50), "accuracy")
-    return distance <= DISTANCE_BARS.get(steps, 1.0) and accuracy >= ACCURACY_BAR
+def misses(rows: Sequence[dict[str, float]], teacher: Sequence[Record], steps: int) -> list[str]:
+    """By what a method fails to beat the teacher at this number of steps, as the page defines it; empty where it does."""
+    most = DISTANCE_BARS.get(steps, 1.0) * median(at(teacher, steps), "fd")
+    least = ACCURACY_BAR * median(at(teacher, 50), "accuracy")
+    distance, accuracy = median(rows, "fd"), median(rows, "accuracy")
+    found = [f"Fréchet distance {distance:.2f}, not {most:.2f} or less"] if distance > most else []
+    return found + ([f"strict accuracy {accuracy:.2f}, not {least:.2f} or more"] if accuracy < least else [])
 
 
 def line(cells: Sequence[str]) -> str:
@@ -86,9 +92,9 @@ def ranking(records: dict[str, list[Record]], steps: int) -> list[str]:
     for name, some in records.items():
         if name != "teacher" and (rows := at(some, steps)):
             own = own_steps(some[0]) == steps
-            verdict = "passes" if passes(rows, teacher, steps) else "misses"
+            verdict = "misses" if misses(rows, teacher, steps) else "passes"
             entries.append((f"`{name}`", rows, "yes" if own else "", verdict))
-    entries.sort(key=lambda entry: mean(entry[1], "fd"))
+    entries.sort(key=lambda entry: median(entry[1], "fd"))
     heads = ["", *(title for title, _ in COLUMNS.values()), "seeds", "its own number", "verdict"]
     lines = [f"## {steps} step{'s' * (steps > 1)}", "", line(heads), "|---|" + "---:|" * (len(heads) - 3) + "---|---|"]
     for name, rows, own, verdict in entries:
@@ -101,6 +107,26 @@ def ranking(records: dict[str, list[Record]], steps: int) -> list[str]:
 def own_steps(record: Record) -> int:
     """The number of steps the method was trained for: what its sampler takes unless told otherwise."""
     return int(record["own_steps"])
+
+
+def verdicts(records: dict[str, list[Record]], findings: dict[str, str]) -> list[str]:
+    """What passes at which numbers of steps, by what the others miss, and what was found out about them."""
+    heads = ["method", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS), "seeds"]
+    table, reasons = [line(heads), "|---|" + "---|" * len(STEPS) + "---:|"], []
+    for name in sorted(set(records) - {"teacher"}):
+        some, cells, missed = records[name], [], []
+        for steps in STEPS:
+            rows = at(some, steps)
+            short = misses(rows, records["teacher"], steps) if rows else []
+            word = ("misses" if short else "passes") if rows else ""
+            cells.append(f"**{word}**" if word and own_steps(some[0]) == steps else word)
+            missed += [f"{steps} step{'s' * (steps > 1)}: {'; '.join(short)}."] if short else []
+        table.append(line([f"`{name}`", *cells, str(len(some))]))
+        if missed or name in findings:
+            why = findings.get(name, UNEXPLAINED)
+            reasons.append(f"- `{name}` " + " ".join([*missed, why]))
+    legend = "In bold at the number of steps that a method takes unless told otherwise; empty where it is not made for so many."
+    return ["## What passes", "", legend, "", *table, "", *([*reasons, ""] if reasons else [])]
 
 
 def spent(records: dict[str, list[Record]]) -> list[str]:
@@ -130,12 +156,15 @@ def described() -> list[str]:
     return lines
 
 
-def page(records: dict[str, list[Record]]) -> str:
-    """The page as Markdown."""
+def page(records: dict[str, list[Record]], findings: dict[str, str]) -> str:
+    """The page as Markdown; `findings` are sentences, by method, on why it misses or what else was seen."""
+    if unknown := sorted(set(findings) - set(methods.names())):
+        raise ValueError(f"there are findings on {', '.join(unknown)}, but no such methods")
     some = [record for name, each in records.items() if name != "teacher" for record in each]
     missing = [name for name in methods.names() if name not in records]
     budget = "2,000 updates of the student or 20 minutes of CPU time on one thread, whichever is less"
     lines = [INTRODUCTION.format(budget=budget, images=records["teacher"][0]["images"], accuracy=ACCURACY_BAR)]
+    lines += verdicts(records, findings)
     for steps in STEPS:
         if any(at([record], steps) for record in some):
             lines += ranking(records, steps)
@@ -144,8 +173,8 @@ def page(records: dict[str, list[Record]]) -> str:
     return "\n".join([*lines, *spent(records), *described()]).rstrip() + "\n"
 
 
-def write_page(folder: Path, path: Path) -> Path:
-    """Write the page made from the records in `folder` to `path`."""
+def write_page(folder: Path, path: Path, findings: Path) -> Path:
+    """Write the page made from the records in `folder` and the sentences in `findings` to `path`."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(page(read(folder)), encoding="utf-8")
+    path.write_text(page(read(folder), json.loads(findings.read_text(encoding="utf-8"))), encoding="utf-8")
     return path
