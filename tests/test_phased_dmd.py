@@ -12,7 +12,8 @@ from fastgen.analytic import Gaussian
 from fastgen.errors import UserError
 from fastgen.families import score_distillation
 from fastgen.methods.dmd2 import DMD2
-from fastgen.methods.phased_dmd import Experts, PhasedDMD
+from fastgen.methods.phased_dmd import PhasedDMD
+from fastgen.pipelines.experts import Experts
 from tests.method_fakes import PROCESSES, TABLE, Affine, FakePipeline, batches, train
 
 FLOW = PROCESSES["flow"]
@@ -101,16 +102,6 @@ def test_experts_are_chosen_by_time_and_saved_together() -> None:
     again = ready(FakePipeline(FLOW, (3,)), experts=True, steps=5, phases=5)
     again.student.load_state_dict(method.student.state_dict())
     assert float(again.student.experts[4].network.leave.bias[0].detach()) == 4.0
-
-
-def test_a_student_of_experts_is_not_exported() -> None:
-    sampler = ready(FakePipeline(FLOW, (3,)), experts=True).sampler()
-    assert sampler.sample(
-        FakePipeline(FLOW, (3,)).frozen(), torch.randn(2, 3), FakePipeline(FLOW).encode_prompts(["0", "1"])
-    ).shape
-    with pytest.raises(UserError, match=r"no export holds a student of several networks.* experts = false"):
-        sampler.scheduler(FLOW, "flow")
-    assert ready(FakePipeline(FLOW, (3,))).sampler().scheduler(FLOW, "flow").class_name == "FlowMatchEulerDiscreteScheduler"
 
 
 @pytest.mark.parametrize(

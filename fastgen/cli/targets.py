@@ -102,6 +102,11 @@ def own_call(folder: str | Path) -> dict[str, Any]:
     if not is_export(folder):
         return {}
     description = read_export(Path(folder))
+    if "phases" in description:
+        raise UserError(
+            f"{folder} is a student of several networks, one for each phase, and no pipeline by itself: its card says how to "
+            "sample it; `fastgen sample RUN` draws with it, but it cannot be measured"
+        )
     if (format := description.get("format")) not in ("diffusers", "fused"):
         raise UserError(
             f"{folder} is an export of format {format}, not a pipeline; name the run instead, "

@@ -11,9 +11,11 @@ from fastgen.errors import UserError
 from fastgen.export.directory import read_export
 from fastgen.export.folder import export_folder, export_fused
 from fastgen.export.lora import export_comfyui, export_kohya, export_lora
+from fastgen.export.phases import export_phases
 from fastgen.export.single_file import export_single_file
 from fastgen.export.trained import in_words, require_own_call, require_trained
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.experts import Experts
 from fastgen.samplers import Sampler
 
 __all__ = ["FORMATS", "export", "read_export", "require_own_call", "require_trained"]
@@ -57,4 +59,6 @@ def export(
         if not force:
             require_trained(sampler, trained)
         kept["forced"] = f"trained for {in_words(trained)}, exported with {in_words(sampler)}"
+    if isinstance(student, Experts):
+        return export_phases(FORMATS[format], pipeline, student, sampler, Path(output), format=format, record=kept)
     return FORMATS[format](pipeline, student, sampler, Path(output), record=kept)

@@ -15,6 +15,7 @@ from fastgen.pipelines.base import base_dtype
 
 PROMPT = "a small red circle left of a large blue square, dark background"
 SAMPLES = "samples.png"
+CARD = "README.md"
 LORAS = ("diffusers-lora", "kohya", "comfyui")
 
 
@@ -23,7 +24,7 @@ def write_card(pipeline: Pipeline, description: Mapping[str, Any], folder: Path,
     samples = description["record"].get("samples")
     if samples:
         shutil.copyfile(samples, folder / SAMPLES)
-    (folder / "README.md").write_text(model_card(pipeline, description, output), encoding="utf-8")
+    (folder / CARD).write_text(model_card(pipeline, description, output), encoding="utf-8")
 
 
 def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path) -> str:
@@ -52,6 +53,7 @@ def model_card(pipeline: Pipeline, description: Mapping[str, Any], output: Path)
         "Updates": record.get("updates"),
         "Weights": f"{weights}{', averaged over training' if record.get('averaged') else ''}",
         "Sampler": f"{steps} steps at times {_numbers(sampler.get('times', ()))}{shift}, gamma {sampler.get('gamma', 0):g}",
+        "Networks": ", ".join(f"`{phase}`" for phase in description.get("phases", ())),
         "Timesteps": _numbers(sampler["timesteps"]),
         "Scheduler": f"`{description['scheduler']['class']}` (in `scheduler/`{custom})",
         "Call": f"`{_arguments(description['call'])}`",
@@ -90,19 +92,48 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
 def snippet(pipeline: Pipeline, description: Mapping[str, Any], output: Path) -> str:
     """Python that loads the export with plain diffusers and draws one picture."""
     dtype = str(base_dtype(pipeline.network))
-    names, load = _loading(pipeline, description, json.dumps(str(output)), dtype)
+    phases = description.get("phases", ())
+    names, load = _loading(pipeline, description, _text(output / phases[0] if phases else output), dtype)
     prompt = json.dumps(description["record"].get("prompt", PROMPT), ensure_ascii=False)
+    arguments, turns = _arguments(description["call"]), list[str]()
+    if phases:
+        more, turns = _turns(pipeline, description, output, dtype)
+        names, arguments = names | more, f"{arguments}, callback_on_step_end=change"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted(names))}",
         "",
         *load,
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")',
+        *turns,
         "",
-        f"image = pipeline(prompt={prompt}, {_arguments(description['call'])}).images[0]",
+        f"image = pipeline(prompt={prompt}, {arguments}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _turns(pipeline: Pipeline, description: Mapping[str, Any], output: Path, dtype: str) -> tuple[set[str], list[str]]:
+    """The names to import and the lines that define `change`, by which each step has its own phase's network."""
+    phases, network = description["phases"], pipeline.network_name
+    first, *others = dict.fromkeys(phases)
+    if description["format"] in LORAS:
+        names, each_step = set(), "set_adapters(phases[(step + 1) % len(phases)])"
+        lines = [f"pipeline.load_lora_weights({_text(output / phase)}, adapter_name={_text(phase)})" for phase in others]
+        lines.append(f"pipeline.set_adapters({_text(first)})")
+    else:
+        kind = description["network"]
+        names, each_step = {kind}, f"{network} = networks[phases[(step + 1) % len(phases)]]"
+        lines = [f"networks = {{{_text(first)}: pipeline.{network}}}"]
+        for phase in others:
+            load = f"{kind}.from_pretrained({_text(output / phase / network)}, dtype={dtype})"
+            lines.append(f"networks[{_text(phase)}] = {load}.to(pipeline.device)")
+    change = ["def change(pipeline, step, timestep, values):", f"    pipeline.{each_step}", "    return values"]
+    return names, [*lines, f"phases = {json.dumps(phases)}  # of each step", "", "", *change, ""]
+
+
+def _text(value: object) -> str:
+    return json.dumps(str(value))
 
 
 def _loading(pipeline: Pipeline, description: Mapping[str, Any], folder: str, dtype: str) -> tuple[set[str], list[str]]:
@@ -125,7 +156,8 @@ def _loading(pipeline: Pipeline, description: Mapping[str, Any], folder: str, dt
         load += [f"pipeline.load_lora_weights({parent}, weight_name={weights})", "pipeline.fuse_lora()"]
         load.append("pipeline.unload_lora_weights()")
     file_name = "" if "file" not in description else f", weight_name={json.dumps(description['file'])}"
-    load.append(f"pipeline.load_lora_weights({folder}{file_name})")
+    adapter = f", adapter_name={_text(description['phases'][0])}" if "phases" in description else ""
+    load.append(f"pipeline.load_lora_weights({folder}{file_name}{adapter})")
     return names, [*load, place]
 
 
@@ -158,6 +190,11 @@ def _advice(description: Mapping[str, Any]) -> str:
             f"{why}, so `{file}` beside this card does it"
             + ("" if gamma else ", with the weights in `end_time.safetensors`")
             + "; it needs no fastgen, and `trust_remote_code=True` lets diffusers run it."
+        )
+    if "phases" in description:
+        notes.append(
+            "It is several networks, one for each phase of the steps, in a folder each; none is right by itself. `change` above"
+            " hands every step to its own, and programs that cannot do that cannot sample it."
         )
     explicit = next((key for key in ("timesteps", "sigmas") if key in call), None)
     if explicit:

@@ -9,59 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
+from fastgen.denoiser import Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
 from fastgen.losses import contrast, level_denoising
 from fastgen.method import Batch, Loss, Player
 from fastgen.pipelines.base import Pipeline
-from fastgen.process import Kind, Prediction, Process
-from fastgen.samplers import FewStep, SchedulerSpec
-
-
-class Experts(Denoiser):
-    """Several denoisers as one: `experts[i]` answers at times above `edges[i]` and up to the edge before."""
-
-    def __init__(self, experts: Sequence[Denoiser], edges: Sequence[float]):
-        """`edges` decrease and end with 0, one for each expert."""
-        first = experts[0]
-        own = nn.ModuleList(experts)
-        super().__init__(
-            *(first.network, first.call, first.process, first.kind), own=own, embeds_guidance=first.embeds_guidance
-        )
-        self.experts, self.edges, self.guide = list(experts), tuple(edges), first.guide
-
-    def forward(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        guidance: Tensor | None = None,
-        features: Sequence[str] = (),
-        end: Tensor | None = None,
-    ) -> Prediction:
-        """As `Denoiser.forward`. Raises ValueError for times of a batch that belong to different experts."""
-        first, last = (self.expert_at(float(time)) for time in (t.max(), t.min()))
-        if first != last:
-            raise ValueError(f"times from {float(t.min()):g} to {float(t.max()):g} belong to different experts")
-        answer: Prediction = self.experts[first](xt, t, condition, guidance=guidance, features=features, end=end)
-        return answer
-
-    def expert_at(self, time: float) -> int:
-        """Which expert answers at `time`; a float32 time is only near its edge."""
-        return sum(time <= edge + 1e-6 for edge in self.edges[:-1])
-
-
-@dataclass(frozen=True)
-class ExpertSteps(FewStep):
-    """`FewStep` of a student of several networks."""
-
-    def scheduler(self, process: Process, kind: Kind) -> SchedulerSpec:
-        raise UserError(
-            "no export holds a student of several networks, and this one has an expert for each phase; "
-            "to export a student, train it with experts = false"
-        )
+from fastgen.pipelines.experts import Experts
+from fastgen.process import Prediction
 
 
 @dataclass
@@ -73,7 +28,8 @@ class PhasedDMD(ScoreDistillation):
     compared by the guided teacher and a fake score of the phase's own, which learns from samples known at s alone (the target
     of `fastgen.losses.level_target`; for a flow their velocity). At s = 0 all of it is DMD2 without its GAN term.
 
-    With `experts` each phase has a student network of its own; a run of such can be sampled, not exported, and so not measured.
+    With `experts` each phase has a student network of its own. An export holds each, and its card says how to change from one
+    to the next; being no pipeline by itself it is not measured.
     Differences from the authors' paper: the phases learn side by side, one call a turn, not one after another, so that a
     later phase starts from where the earlier one is now, and every fake score is fresh by being its phase's own; without
     `experts` one network serves all phases; a fake score learns from where the last call of its phase ends, and judges jumps
@@ -82,7 +38,7 @@ class PhasedDMD(ScoreDistillation):
     """
 
     phases: int = field(default=2, metadata={"help": "parts of the student's steps, each with a fake score", "at_least": 1})
-    experts: bool = field(default=False, metadata={"help": "a student network for each phase; cannot be exported or measured"})
+    experts: bool = field(default=False, metadata={"help": "a student network for each phase; cannot be measured"})
     student_every: int = field(default=5, metadata={"help": "updates of the fake scores for one of the student"})
     margin: float = field(
         default=0.02, metadata={"help": "how far above a phase's end the scores are compared at least", "at_least": 0}
@@ -112,10 +68,6 @@ class PhasedDMD(ScoreDistillation):
     def players(self) -> Sequence[Player]:
         fake, student = super().players()
         return [Player(fake.name, self.scores, fake.loss, lr_scale=fake.lr_scale), student]
-
-    def sampler(self, steps: int | None = None) -> FewStep:
-        plain = super().sampler(steps)
-        return ExpertSteps(plain.times, plain.gamma, plain.guidance) if self.experts else plain
 
     def times_in(self, phase: int, count: int) -> Tensor:
         """Times [B] at which samples known at the end of `phase` are looked at: up to the noisiest, whichever phase."""
