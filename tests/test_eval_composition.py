@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
@@ -247,8 +247,10 @@ def test_a_tiny_network_detects_and_is_read_from_files(tmp_path: Path, monkeypat
     folder = tmp_path / REPOSITORY
     folder.mkdir(parents=True)
     network = tiny_detector()
-    (folder / "config.json").write_text(json.dumps(network.config.to_dict()))
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+    network.save_pretrained(folder)  # under the names that the published weights have
+    names = set(load_file(folder / "model.safetensors"))
+    assert "model.pixel_level_module.encoder.embeddings.patch_embeddings.projection.weight" in names
+    assert "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self.query.weight" in names
     world = replace(PHOTO, weights=tmp_path)
     read = load_detector(world)
     load_detector.cache_clear()
@@ -258,7 +260,12 @@ def test_a_tiny_network_detects_and_is_read_from_files(tmp_path: Path, monkeypat
     torch.testing.assert_close(
         read(pixel_values=inputs).class_queries_logits, network(pixel_values=inputs).class_queries_logits
     )
+    for name, value in network.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value), name
     assert len(detect(images, read)) == 2
+    save_file({"class_predictor.bias": torch.zeros(81)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors does not hold the weights of .* is missing or of another shape"):
+        load_detector(world)
     (folder / "config.json").write_text('{"model_type": "swin"}')
     with pytest.raises(UserError, match="it is of another network"):
         load_detector(world)

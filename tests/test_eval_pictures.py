@@ -342,7 +342,8 @@ def test_blur_shows_as_less_sharpness():
     assert scores["colourfulness_teacher_ratio"] == pytest.approx(1, abs=0.15)
 
 
-def test_colour_of_a_folder_is_that_of_its_pictures(tmp_path: Path):
+def test_colour_of_a_folder_is_that_of_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastgen.eval.measures.colour.PIXELS", 5 * 36 + 1)
     images = noise(37, 6)
     write_images(images, tmp_path)
     for key, value in statistics_of(PictureFolder(tmp_path)).items():

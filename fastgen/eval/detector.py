@@ -54,10 +54,13 @@ def load_detector(world: World, device: str = "cpu") -> nn.Module:
     if config.num_labels != len(CLASSES):
         raise UserError(f"{path} is of a detector of {config.num_labels} classes; COCO has {len(CLASSES)}")
     weights = locate(WEIGHTS, world, what="the detector Mask2Former")
-    network = Mask2FormerForUniversalSegmentation(config)
-    missing, _ = network.load_state_dict(read_tensors(weights), strict=False)
-    if missing:
-        raise UserError(f"{weights} does not hold the weights of {REPOSITORY}: {missing[0]} is missing")
+    # Not load_state_dict: transformers 5 gave the published names of this network's weights new ones, which it knows itself.
+    network, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+        None, config=config, state_dict=read_tensors(weights), ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if strange := [*report["missing_keys"], *report["mismatched_keys"]]:
+        name = strange[0] if isinstance(strange[0], str) else strange[0][0]
+        raise UserError(f"{weights} does not hold the weights of {REPOSITORY}: {name} is missing or of another shape")
     detector: nn.Module = network.eval().requires_grad_(False).to(device)
     return detector
 

@@ -22,6 +22,9 @@ from fastgen.eval.ratios import ratio
 from fastgen.eval.registry import Evidence, Reading, Score, metric
 
 LUMA = (0.299, 0.587, 0.114)
+PIXELS = 2**22
+"""Pixels that are looked at together."""
+
 LABELS = {
     "brightness": "Brightness",
     "contrast": "Contrast",
@@ -63,8 +66,9 @@ def _variance(values: Tensor) -> Tensor:
 
 
 def statistics_of(images: Images) -> dict[str, Tensor]:
-    """`colour_statistics` of a whole set, 32 images at a time."""
-    parts = [colour_statistics(batch.cpu()) for batch in batches(images, 32)]
+    """`colour_statistics` of a whole set, some megapixels at a time."""
+    size = max(1, PIXELS // (images.shape[2] * images.shape[3]))
+    parts = [colour_statistics(batch.cpu()) for batch in batches(images, size)]
     return {key: torch.cat([part[key] for part in parts]) for key in LABELS}
 
 

@@ -7,12 +7,15 @@ over the tasks of the share of right images. It takes GenEval's prompts; others 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.eval.detector import ColourReader, detect, hashes, load_detector
-from fastgen.eval.geneval import TASKS, judge, kept, requirements
+from fastgen.eval.geneval import TASKS, Detection, judge, kept, requirements
 from fastgen.eval.images import batches
 from fastgen.eval.ratios import clustered_error
 from fastgen.eval.registry import Evidence, Reading, Score, metric
@@ -25,6 +28,11 @@ READINGS = {
 }
 
 
+def no_colours(found: Sequence[Detection], name: str) -> list[str]:
+    """In place of a reader of colours where no prompt asks for any."""
+    return []
+
+
 def right_images(evidence: Evidence, wanted: list[dict | None]) -> Tensor:
     """Whether each image shows what is wanted of it, boolean [N]; false where nothing is known."""
     network = load_detector(evidence.world, evidence.device)
@@ -33,11 +41,7 @@ def right_images(evidence: Evidence, wanted: list[dict | None]) -> Tensor:
     for batch in batches(evidence.images, BATCH):
         for image, seen in zip(batch, detect(batch, network, evidence.device), strict=True):
             record = wanted[len(right)]
-
-            def colours(found, name, image=image):  # type: ignore[no-untyped-def]
-                assert reader is not None
-                return reader(image, found, name)
-
+            colours = partial(reader, image) if reader is not None else no_colours
             right.append(record is not None and judge(record, kept(seen, record["tag"]), colours)[0])
     return torch.tensor(right)
 

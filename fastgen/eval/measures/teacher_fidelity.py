@@ -37,7 +37,7 @@ def over_pairs(images: Images, teacher: Images, distance: Callable[[Tensor, Tens
 
 def root_mean_square(mine: Tensor, theirs: Tensor) -> Tensor:
     """Root mean square difference over pixels and channels, in [0, 1], of uint8 images [B, 3, H, W]: [B]."""
-    return ((mine.double() - theirs.double()) / 255).square().flatten(1).mean(1).sqrt()
+    return ((mine.float() - theirs.float()) / 255).square().flatten(1).mean(1, dtype=torch.double).sqrt()
 
 
 def to_other_seeds(mine: Tensor, theirs: Tensor, prompts: list[str]) -> Tensor | None:
