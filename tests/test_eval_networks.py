@@ -90,6 +90,8 @@ def test_the_records_name_the_weights(tiny: Any) -> None:
     assert path is not None and path.is_relative_to(world.weights)
     assert clip_score.clip_weights(PHOTO) is None
     assert clip_score.clip_weights(TOY) == WEIGHTS / "open_clip_model.safetensors"
+    large = towers.clip_weights("ViT-bigG-14/laion2b_s39b_b160k")
+    assert (large.origin, large.file) == ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "open_clip_model.safetensors")
     known = towers.hash_at_hand(towers.clip_weights("ViT-B-32/openai"), world)
     assert known == file_hash(path) and towers.hash_at_hand(towers.clip_weights("ViT-L-14/openai"), world) is None
 

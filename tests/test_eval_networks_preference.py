@@ -10,11 +10,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pad, resize, to_tensor
-from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
 from fastgen.errors import UserError
 from fastgen.eval import PHOTO, score_images
@@ -101,7 +102,9 @@ def test_pick_score_is_its_authors_formula(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(pick_score.build.__kwdefaults__, "text", CLIP_TEXT)
     monkeypatch.setitem(pick_score.build.__kwdefaults__, "vision", CLIP_VISION)
     monkeypatch.setitem(pick_score.build.__kwdefaults__, "width", 24)
-    processor = CLIPImageProcessor(
+    # The authors' version resized Pillow pictures; transformers 5 keeps that under a name of its own.
+    by_pillow = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor = by_pillow(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=list(MEAN), image_std=list(STD)
     )
     pixels = processor(images=to_pillow(images), return_tensors="pt")["pixel_values"]
@@ -120,8 +123,7 @@ def test_pick_score_is_its_authors_formula(tmp_path: Path, monkeypatch: pytest.M
         found = score_images(images, PROMPTS, world=replace(PHOTO, weights=tmp_path), only=["pick_score"], notes=notes)
     finally:
         pick_score.load.cache_clear()
-    # transformers resizes tensors, the authors' version and ours Pillow pictures: they differ by a grey level.
-    assert found["pick_score"] == pytest.approx(scores.mean().item(), abs=0.05)
+    assert found["pick_score"] == pytest.approx(scores.mean().item(), abs=1e-3)
     assert scores.std() > 0.5
     assert notes == ["1 of 5 prompts are longer than the 77 tokens that PickScore reads; it saw their beginnings."]
 
@@ -316,9 +318,10 @@ def test_every_tensor_of_image_reward_has_one_place(tmp_path: Path) -> None:
             blip.build(wrong, Path("ImageReward.pt"), file, vision=VISION, text=TEXT)
 
 
-def test_the_word_pieces_are_berts(tmp_path: Path) -> None:
+def test_the_word_pieces_are_berts_and_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = vocabulary(tmp_path)
     model = blip.build(released(), Path("ImageReward.pt"), file, vision=VISION, text=TEXT)
+    assert capfd.readouterr() == ("", "")
     words = {word: number for number, word in enumerate(file.read_text(encoding="utf-8").split())}
     texts = ["A DOG, two cats", "", "sófa on\tfield", "cats " * 60]
     theirs = BertTokenizer(vocab=words)(texts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
