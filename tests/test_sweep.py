@@ -31,7 +31,7 @@ from fastgen.eval.images import write_images
 from fastgen.eval.report import html, write_report
 from fastgen.eval.results import REAL, Results, Row, load_results
 from fastgen.eval.sweep import Candidate, Setting, student, sweep, teacher
-from fastgen.eval.table import curves, front, number, ordered, print_table, summary, table
+from fastgen.eval.table import curves, front, number, ordered, print_table, scored, summary, table
 from fastgen.samplers import SchedulerSpec
 from tests.tiny_models import toy
 
@@ -310,7 +310,7 @@ def test_the_report_is_whole_and_asks_nothing_of_the_network(swept: Results) -> 
         else:
             assert kind == "image/svg+xml" and data.lstrip().startswith(b"<?xml")
     assert pictures == len(set(swept.prompts)) * len(example_rows(swept.rows))
-    assert [decoded(each["srcset"])[0] for each in page.all("source")] == ["image/svg+xml"] * 4
+    assert [decoded(each["srcset"])[0] for each in page.all("source")] == ["image/svg+xml"] * 6
 
 
 def test_pictures_in_the_report_are_the_images_of_the_sweep(swept: Results) -> None:
@@ -334,7 +334,10 @@ def test_every_row_is_in_the_tables(swept: Results) -> None:
     assert len(lines) == 2 + len(swept.rows) and len({line.count("|") for line in lines}) == 1
     for row, line in zip(ordered(swept.rows), lines[2:], strict=True):
         found = [cell.strip(" *") for cell in line.split("|")[1:-1]]
-        assert found[0] == row.name and number(row.scores["fd"]) in found
+        assert found[0] == row.name and scored(row, "fd") in found
+        low, high = row.intervals["fd"]
+        value, half = scored(row, "fd").split(" ± ")
+        assert value == number(row.scores["fd"]) and float(half) == pytest.approx((high - low) / 2, abs=0.51)
     for width in (80, 160):
         console = Console(width=width, file=io.StringIO(), record=True)
         print_table(swept.rows, console)

@@ -16,11 +16,11 @@ from fastgen.errors import UserError
 from fastgen.eval.results import Results, Row
 from fastgen.eval.table import Cost, Series, curves, floor, front, number, reading
 
-LEGEND = "In the markers: steps. Ringed: nothing cheaper is better."
+LEGEND = "In the markers: steps. Ringed: nothing cheaper is better (the Pareto front). Bars: 95 % intervals."
 Points: TypeAlias = list[tuple[float, float]]
-COST_LABELS: dict[Cost, str] = {"calls": "network calls per image", "seconds": "seconds per image"}
-LOGARITHMIC = ("fd", "kd", "seconds", "calls")
-SHARES = ("accuracy", "precision", "recall", "diversity_ratio")
+COST_LABELS: dict[Cost, str] = {"steps": "steps", "calls": "network calls per image", "seconds": "seconds per image"}
+LOGARITHMIC = ("fd", "fd_teacher", "kd", "seconds", "calls", "steps")
+SHARES = ("accuracy", "precision", "recall", "diversity_ratio", "diversity_teacher_ratio")
 """Scores that are shares: shown in per cent, from zero."""
 
 
@@ -94,6 +94,8 @@ def draw_panel(axes: Any, rows: Sequence[Row], cost: Cost, key: str, theme: Them
                 markeredgecolor=edge, markeredgewidth=width, zorder=4,
             )  # fmt: skip
             middle = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "fontweight": "bold"}
+            if key in row.intervals:
+                axes.vlines(a, *row.intervals[key], color=colours[curve.label], linewidth=1.6, alpha=0.6, zorder=3)
             axes.text(a, b, str(row.steps), color=theme.background, zorder=5, clip_on=True, **middle)
     if real is not None and _can_show(real, key):
         axes.axhline(real.scores[key], color=theme.muted, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
@@ -130,7 +132,8 @@ def _limits(axes: Any, made: Sequence[Series], cost: Cost, key: str, real: Row |
     """Room for markers and labels around the points."""
     rows = [row for curve in made for row in curve.rows if key in row.scores]
     x = np.array([getattr(row, cost) for row in rows], dtype=float)
-    y = np.array([row.scores[key] for row in rows] + ([real.scores[key]] if real and key in real.scores else []))
+    ends = [end for row in rows for end in row.intervals.get(key, ()) if key not in LOGARITHMIC or end > 0]
+    y = np.array([row.scores[key] for row in rows] + ends + ([real.scores[key]] if real and key in real.scores else []))
     if len(x) and (x > 0).all():
         axes.set_xlim(x.min() / 1.45, x.max() * 1.45)
     if key in SHARES:
@@ -157,7 +160,7 @@ def _name_curves(
         value = f"{real.scores[key]:.0%}" if key in SHARES else number(real.scores[key])
         words = axes.text(0, 0, f"real images {value}", color=theme.muted, fontsize=8.5, transform=axes.transAxes)
         line = [(float(x), height) for x in np.linspace(box.x1, box.x0, 40)]
-        _put(words, line, taken, axes, near=3 * pixel, enough=14 * pixel)
+        _put(words, line, taken, axes, near=6 * pixel, enough=14 * pixel)
         taken += line
     for curve, path in zip(made, paths, strict=True):
         look = {"color": colours[curve.label], "fontsize": 10.5, "fontweight": "bold", "zorder": 6}

@@ -18,6 +18,7 @@ from PIL import Image
 from fastgen.errors import UserError
 from fastgen.eval.figure import DARK, LEGEND, LIGHT, example_indices, example_rows, panel_svg, right_key
 from fastgen.eval.images import to_pillow
+from fastgen.eval.paste import csv_text, latex
 from fastgen.eval.results import Results, Row, load_results
 from fastgen.eval.table import COLUMNS, Cost, best, cells, columns, curves, header, number, reading, summary, table
 
@@ -25,6 +26,13 @@ PROMPTS = 12
 SMALL = 64
 """Pictures up to this size are kept to the pixel and enlarged without smoothing."""
 THUMBNAIL = 256
+DIVERSITY = ("diversity_ratio", "diversity_teacher_ratio", "diversity")
+"""What the panel of diversity shows: the first of these that there is."""
+
+EVERY_ROW = (
+    "↓ lower is better, ↑ higher is better; the best of each column is underlined; ± is half the width of a 95 % interval. "
+    "Ratios are shares of what real images, or the teacher's at its most steps from the same noise, have."
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f8; --card: #ffffff; --text: #1d1d22; --muted: #60606b; --line: #e2e2e8;
@@ -62,11 +70,13 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 tr.student td, tr.student th { background: var(--mark); }
 tr.real td, tr.real th { color: var(--muted); font-style: italic; }
 tbody th { font-weight: 600; }
-td.best { font-weight: 700; text-decoration: underline; text-underline-offset: 3px; }
+td small { display: block; color: var(--muted); font-size: .75rem; font-weight: 400; }
+td.best span { font-weight: 700; text-decoration: underline; text-underline-offset: 3px; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font-size: .8rem; line-height: 1.45; background: var(--page); border: 1px solid var(--line);
   border-radius: 8px; padding: .8rem; }
+pre.paste { max-height: 24rem; user-select: all; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; font-size: .9rem; }
 dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -83,6 +93,11 @@ def write_report(results: Results | Path | str, path: Path | str | None = None, 
     results = results if isinstance(results, Results) else load_results(results)
     path = results.folder / "report.html" if path is None else Path(path)
     content = html(results, prompts=prompts)
+    return write_page(path, content)
+
+
+def write_page(path: Path, content: str) -> Path:
+    """Write a page by way of a temporary name. Raises UserError where that cannot be done."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,43 +118,51 @@ def html(results: Results, *, prompts: int = PROMPTS) -> str:
     told = "".join(f"<p>{escape(sentence)}</p>" for sentence in others)
     body = [
         f'<header><h1>Quality against steps: {escape(names)}</h1><p class="lead">{escape(first)}</p>{told}</header>',
-        _section(
+        section(
             "Trade-off", _panels(rows), f"{LEGEND} Circles are students, squares teachers; a guided step is two network calls."
         ),
-        _section("Side by side", _pictures(results, prompts), _about_pictures(results, prompts)),
-        _section("Every row", _numbers(rows), "↓ lower is better, ↑ higher is better; the best of each column is underlined."),
-        _section("How it was measured", _protocol(results), ""),
+        section("Side by side", _pictures(results, prompts), _about_pictures(results, prompts)),
+        section("Every row", _numbers(rows), EVERY_ROW),
+        section("How it was measured", _protocol(results), ""),
     ]
+    return document(f"Quality against steps: {names}", body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page of our look that asks nothing of the network."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Quality against steps: {escape(names)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _section(title: str, content: str, about: str) -> str:
+def section(title: str, content: str, about: str) -> str:
+    """A part of a page under a heading; `about` is told in grey."""
     told = f'<p class="muted">{escape(about)}</p>' if about else ""
     return f"<section><h2>{escape(title)}</h2>{told}\n{content}</section>"
 
 
-def _uri(kind: str, data: bytes) -> str:
+def uri(kind: str, data: bytes) -> str:
+    """Data as an address."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _panels(rows: Sequence[Row]) -> str:
-    """Distance against calls and against seconds, accuracy, diversity: what there is."""
+    """Distance against steps, calls and seconds, accuracy against calls and seconds, diversity beside it: what there is."""
+    right = right_key(rows)
+    diverse = next((key for key in DIVERSITY if any(key in row.scores for row in rows)), None)
     wanted: list[tuple[Cost, str | None]] = [
-        *(("calls", "fd"), ("seconds", "fd")),
-        *(("calls", right_key(rows)), ("calls", "diversity_ratio")),
+        *(("steps", "fd"), ("seconds", "fd"), ("calls", "fd"), ("calls", diverse), ("calls", right), ("seconds", right)),
     ]
     made = []
     for cost, key in wanted:
         shown = [row for row in rows if row.role != "real" and key in row.scores and getattr(row, cost) > 0]
         if key is None or not shown:
             continue
-        light, dark = (_uri("image/svg+xml", panel_svg(rows, cost, key, theme).encode()) for theme in (LIGHT, DARK))
+        light, dark = (uri("image/svg+xml", panel_svg(rows, cost, key, theme).encode()) for theme in (LIGHT, DARK))
         alt = escape(_describe_panel(shown, cost, key), quote=True)
         made.append(
             f'<figure class="card"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
@@ -149,7 +172,7 @@ def _panels(rows: Sequence[Row]) -> str:
 
 
 def _describe_panel(rows: Sequence[Row], cost: Cost, key: str) -> str:
-    words = {"calls": "network calls", "seconds": "seconds"}[cost]
+    words = {"steps": "steps", "calls": "network calls", "seconds": "seconds"}[cost]
     points = (f"{row.label} {number(row.scores[key])} with {number(getattr(row, cost))}" for row in rows)
     return f"{reading(key).label} against {words} per image: {'; '.join(points)}."
 
@@ -179,12 +202,18 @@ def _pictures(results: Results, prompts: int) -> str:
             tiles.append(_tile(pictures[id(row)][position], label[id(row)], row, prompt, verdict))
         seed = f'<span class="muted">seed {results.seeds[index]}</span>'
         head = f"<h3>{escape(prompt)} {seed}</h3>"
-        grid = f'<div class="tiles" style="--columns: {min(max(len(shown), 6), 9)}">{"".join(tiles)}</div>'
+        grid = f'<div class="tiles" style="--columns: {columns_for(len(shown))}">{"".join(tiles)}</div>'
         blocks.append(f'<article class="prompt card">{head}{grid}</article>')
     return "\n".join(blocks)
 
 
-def _tile(picture: Image.Image, label: str, row: Row, prompt: str, verdict: bool | None) -> str:
+def columns_for(count: int) -> int:
+    """In how many columns to show so many pictures: lines of at most ten, filled alike."""
+    return max(6, -(-count // -(-count // 10)))
+
+
+def picture_source(picture: Image.Image) -> tuple[str, str]:
+    """The address of a picture, scaled down where it is large, and its size as attributes."""
     small = max(picture.size) <= SMALL
     buffer = io.BytesIO()
     if small:
@@ -192,14 +221,18 @@ def _tile(picture: Image.Image, label: str, row: Row, prompt: str, verdict: bool
     else:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         picture.save(buffer, "JPEG", quality=90)
-    source = _uri("image/png" if small else "image/jpeg", buffer.getvalue())
+    size = f'width="{picture.width}" height="{picture.height}"' + (' class="small"' if small else "")
+    return uri("image/png" if small else "image/jpeg", buffer.getvalue()), size
+
+
+def _tile(picture: Image.Image, label: str, row: Row, prompt: str, verdict: bool | None) -> str:
+    source, size = picture_source(picture)
     steps = f"{row.steps} step{'s' * (row.steps != 1)}"
     mark, said = "", ""
     if verdict is not None:
         mark = ' <span class="right">✓</span>' if verdict else ' <span class="wrong">✗</span>'
         said = ", everything right" if verdict else ", something wrong"
     alt = escape(f"{label} with {steps}: {prompt}{said}", quote=True)
-    size = f'width="{picture.width}" height="{picture.height}"' + (' class="small"' if small else "")
     caption = f'<span class="name">{escape(label)}</span>{mark}<br>{steps}'
     return f'<figure><img src="{source}" alt="{alt}" {size}><figcaption>{caption}</figcaption></figure>'
 
@@ -213,12 +246,18 @@ def _numbers(rows: Sequence[Row]) -> str:
         plain, scores = texts[1 : len(texts) - len(keys)], texts[len(texts) - len(keys) :]
         shown = [f"<td>{escape(text)}</td>" for text in plain]
         for key, text in zip(keys, scores, strict=True):
-            shown.append(f'<td class="best">{text}</td>' if tops[key] is row else f"<td>{text}</td>")
+            value, _, half = text.partition(" ± ")
+            told = f"<span>{value}</span>" + (f" <small>± {half}</small>" if half else "")
+            shown.append(f'<td class="best">{told}</td>' if tops[key] is row else f"<td>{told}</td>")
         lines.append(f'<tr class="{row.role}"><th scope="row">{escape(texts[0])}</th>{"".join(shown)}</tr>')
     grid = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="Every row">{grid}</div>'
-    text = f"<details><summary>As Markdown</summary><pre>{escape(table(rows))}</pre></details>"
-    return f'<div class="card">{scroll}{_more_scores(rows)}{text}</div>'
+    texts = (("Markdown", table(rows)), ("LaTeX", latex(rows)), ("CSV, every score", csv_text(rows)))
+    paste = "".join(
+        f'<details><summary>{name}</summary><pre class="paste">{escape(text)}</pre></details>' for name, text in texts
+    )
+    about = '<p class="muted">To paste (a click selects all):</p>'
+    return f'<div class="card">{scroll}{_more_scores(rows)}{about}{paste}</div>'
 
 
 def _more_scores(rows: Sequence[Row]) -> str:
@@ -234,25 +273,31 @@ def _more_scores(rows: Sequence[Row]) -> str:
 
 def _protocol(results: Results) -> str:
     protocol, rows = results.protocol, results.rows
-    asked = [protocol.get(name) for name in ("seeds_per_prompt", "seed")]
-    networks = [f"{protocol.get(name)} (SHA-256 {protocol.get(f'{name}_sha256')})" for name in ("features", "clip")]
+    sections = {name: value for name, value in protocol.items() if isinstance(value, Mapping)}
+    prompts, reference, networks = (sections.get(name, {}) for name in ("prompts", "reference", "features"))
+    clip = sections.get("clip", {})
     facts: dict[str, Any] = {
-        "Images per row": protocol.get("images"),
-        "Prompts": f"{len(set(results.prompts))} different, {asked[0]} seeds each, from seed {asked[1]}",
-        "World": protocol.get("world"),
-        "Features": networks[0],
-        "Image and text": networks[1],
-        "Versions": _pairs(protocol.get("versions", {})),
-        "Machine": _pairs(protocol.get("machine", {})),
+        "Images per row": sections.get("images", {}).get("count"),
+        "Prompts": f"{prompts.get('different')} different, from {prompts.get('from')} (SHA-256 {prompts.get('sha256')})",
+        "Seeds": _pairs(sections.get("seeds", {})),
+        "Reference": f"{reference.get('count')} images (SHA-256 {reference.get('sha256')})",
+        "Features": f"{networks.get('name')} (SHA-256 {networks.get('sha256')}); resized: {networks.get('resize')}",
+        "Image and text": f"{clip.get('name')} (SHA-256 {clip.get('sha256')}); resized: {clip.get('resize')}",
+        "Metrics": ", ".join(sections.get("metrics", {})),
+        "Computation": _pairs(sections.get("computation", {})),
+        "Versions": _pairs(sections.get("versions", {})),
+        "Machine": _pairs(sections.get("machine", {})),
+        "Begun": protocol.get("time"),
+        "Intervals": "95 %: the bootstrap over prompts for means over images, the jackknife for distances",
     }
     for row in rows:
         if scheduler := row.sampler.get("scheduler"):
-            facts[row.key] = f"{scheduler['class']}, call {json.dumps(row.sampler.get('call', {}))}"
+            kernels = row.protocol.get("attention", "unknown")
+            facts[row.key] = f"{scheduler['class']}, call {json.dumps(row.sampler.get('call', {}))}, attention {kernels}"
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
     notes = list(dict.fromkeys(note for row in rows for note in row.notes))
     told = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    samplers = {row.key: row.sampler for row in rows if row.sampler}
-    record = json.dumps({"protocol": protocol, "samplers": samplers}, indent=2, ensure_ascii=False)
+    record = json.dumps({"protocol": protocol, "rows": {row.key: row.protocol for row in rows}}, indent=2, ensure_ascii=False)
     return (
         f'<div class="card"><dl>{listed}</dl>{told}'
         f"<details><summary>Everything, as JSON</summary><pre>{escape(record)}</pre></details></div>"

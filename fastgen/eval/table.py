@@ -16,19 +16,29 @@ from fastgen.eval.registry import Reading, readings
 from fastgen.eval.results import Row
 
 COLUMNS = (
-    *("fd", "kd", "precision", "recall", "clip_score"),
-    *("accuracy", "accuracy_one", "accuracy_two", "diversity_ratio"),
+    *("fd", "fd_teacher", "patch_fd", "kd", "cmmd", "inception_score", "precision", "recall", "clip_score"),
+    *("hps", "pick_score", "image_reward", "aesthetic", "geneval_compatible"),
+    *("accuracy", "accuracy_two", "diversity_ratio", "diversity_teacher_ratio", "teacher_distance"),
 )
 """The scores that tables show, where there are any; everything else is in the JSON."""
 
 SHORT = {
-    **{"fd": "FD ↓", "kd": "KD ↓", "precision": "Prec ↑", "recall": "Rec ↑", "clip_score": "CLIP ↑", "accuracy": "Right ↑"},
-    **{"accuracy_one": "1 obj ↑", "accuracy_two": "2 obj ↑", "diversity_ratio": "Div ↑"},
+    **{"fd": "FD ↓", "fd_teacher": "FD-T ↓", "patch_fd": "pFD ↓", "kd": "KD ↓", "cmmd": "CMMD ↓", "inception_score": "IS ↑"},
+    **{"precision": "Prec ↑", "recall": "Rec ↑", "clip_score": "CLIP ↑", "hps": "HPS ↑", "pick_score": "Pick ↑"},
+    **{"image_reward": "IR ↑", "aesthetic": "Aes ↑", "geneval_compatible": "GenEval ↑", "accuracy": "Right ↑"},
+    **{
+        "accuracy_two": "2 obj ↑",
+        "diversity_ratio": "Div ↑",
+        "diversity_teacher_ratio": "Div/T ↑",
+        "teacher_distance": "Dist-T ↓",
+    },
 }
-WIDE = ("kd", "recall", "accuracy_one", "accuracy_two")
-"""Scores left out of a narrow terminal."""
+NARROW = ("fd", "precision", "clip_score", "accuracy", "diversity_ratio")
+"""Scores for a narrow terminal."""
+USUAL = (*NARROW, "fd_teacher", "kd", "recall", "diversity_teacher_ratio", "hps", "pick_score", "image_reward")
+"""Scores for a terminal of ordinary width."""
 
-Cost = Literal["calls", "seconds"]
+Cost = Literal["steps", "calls", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,18 @@ def duration(seconds: float) -> str:
     return f"{number(seconds)} s" if seconds >= 1 else f"{number(1000 * seconds)} ms"
 
 
-def _cells(row: Row, keys: Sequence[str]) -> list[str]:
-    scores = [number(row.scores[key]) if key in row.scores else "" for key in keys]
+def scored(row: Row, key: str) -> str:
+    """A score with half the width of its 95 % interval, where that is known; nothing where the row has none."""
+    if key not in row.scores:
+        return ""
+    low, high = row.intervals.get(key, (0.0, 0.0))
+    told = number(row.scores[key])
+    decimals = len(told.partition(".")[2])
+    return f"{told} ± {(high - low) / 2:.{decimals}f}" if high > low else told
+
+
+def _cells(row: Row, keys: Sequence[str], *, bare: bool = False) -> list[str]:
+    scores = [scored(row, key).split(" ± ")[0] if bare else scored(row, key) for key in keys]
     if row.role == "real":
         return [row.name, "", "", "", "", *scores]
     guidance = "" if row.guidance is None else "off" if row.guidance == 1 else f"{row.guidance:g}"
@@ -125,7 +145,7 @@ def header(rows: Sequence[Row]) -> list[str]:
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[Row, list[str]]]:
-    """Every row with its cells, in order."""
+    """Every row with its cells, in order; scores with half the width of their intervals."""
     keys = columns(rows)
     return [(row, _cells(row, keys)) for row in ordered(rows)]
 
@@ -147,13 +167,13 @@ def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
     console = console or Console()
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     wide = console.width >= 110
-    keys = [key for key in columns(rows) if wide or key not in WIDE]
+    keys = [key for key in columns(rows) if key in (USUAL if wide else NARROW)]
     labels = {id(row): curve.label for curve in curves(rows) for row in curve.rows}
     for i, title in enumerate(["Candidate", "Steps", "Guidance", "Calls", "Time", *(SHORT[key] for key in keys)]):
         if wide or title != "Guidance":
             shown.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     for row in ordered(rows):
-        texts = _cells(row, keys)
+        texts = _cells(row, keys, bare=True)
         shown.add_row(
             *(texts if wide else [labels.get(id(row), row.name), texts[1], *texts[3:]]),
             style={"student": "bold", "real": "dim"}.get(row.role, ""),
@@ -169,13 +189,13 @@ def terminal(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What the rows say, in sentences, the most telling one first."""
+    """What the rows say, in sentences, the most telling one first; of several students their cheapest rows alone."""
     made = curves(rows)
     teachers = [curve for curve in made if curve.role == "teacher"]
     students = [curve for curve in made if curve.role == "student"]
     sentences: list[str] = []
     for curve in students:
-        for row in curve.rows:
+        for row in curve.rows if len(students) == 1 else curve.rows[:1]:
             sentences += _against_teacher(row, teachers, floor(rows))
     for curve in students:
         sentences += _against_best_teacher(curve.rows[0], teachers)
