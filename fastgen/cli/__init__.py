@@ -31,6 +31,7 @@ COMMANDS = {
     "eval":          "measure a run, an export or a teacher",
     "sweep":         "step-quality curves of students and teacher, with an HTML report",
     "compare":       "is one model better than another: paired by prompt and seed, with its significance",
+    "viz":           "what a model predicts at each step; the teacher's first steps for diversity",
     "methods":       "the distillation methods; one of them explained, with a starter config",
     "pipelines":     "the model families; what fastgen sees in one pipeline",
     "doctor":        "what this machine can do, and what is wrong with its installation",
