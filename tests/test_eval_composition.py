@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
+from fastgen.data.toy.scenes import Scenes
 from fastgen.errors import UserError
 from fastgen.eval import PHOTO, World
 from fastgen.eval.detector import REPOSITORY, ColourReader, cut_out, detect, load_detector, objects, prepare
-from fastgen.eval.evaluation import gather, measure_images
+from fastgen.eval.evaluation import gather, measure_images, real_images, toy_prompts
 from fastgen.eval.geneval import CLASSES, COLOURS, Detection, judge, kept, relations, requirements, write_geneval
 from fastgen.eval.images import read_images
+from fastgen.eval.measures.accuracy import binding
 from fastgen.eval.prompt_sets import read_prompt_set
 
 Box = tuple[float, float, float, float]
@@ -330,3 +332,41 @@ def test_colours_and_the_score_from_end_to_end(monkeypatch: pytest.MonkeyPatch):
     assert "pass over 1 of 4 images" in measured.notes[0]
     alone = measure_images(gather(images[:1], ["a teapot"], world=PHOTO), ["geneval_compatible"])
     assert alone.scores == {} and "none of the prompts is one of GenEval's" in alone.notes[0]
+
+
+# -- bindings in the toy world ---------------------------------------------------------------------------------------------
+
+
+def scene(shapes: tuple[int, int], colours: tuple[int, int], axis: int = 0, count: int = 2) -> Scenes:
+    zero = torch.zeros(1, 2, dtype=torch.long)
+    return Scenes(
+        torch.tensor([count]), torch.tensor([shapes]), torch.tensor([colours]), zero, zero, torch.tensor([axis]), zero[:, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    "seen, expected",
+    [
+        (scene((1, 2), (3, 4)), (True, True)),
+        (scene((2, 1), (4, 3)), (True, False)),
+        (scene((1, 2), (3, 4), axis=1), (True, False)),
+        (scene((1, 2), (4, 3)), (False, False)),
+        (scene((1, 2), (3, 3)), (False, False)),
+        (scene((1, 2), (3, 4), count=3), (False, False)),
+    ],
+)
+def test_binding_and_relation(seen: Scenes, expected: tuple[bool, bool]):
+    bound, placed = binding(seen, scene((1, 2), (3, 4)))
+    assert (bound.item(), placed.item()) == expected
+
+
+def test_mirrored_pictures_keep_bindings_and_lose_relations():
+    prompts, _, scenes = toy_prompts(120)
+    images = real_images(scenes, 11)
+    right = measure_images(gather(images, prompts, scenes=scenes), ["accuracy"])
+    assert right.scores["accuracy_binding"] > 0.95 and right.scores["accuracy_relation"] > 0.95
+    assert "accuracy_relation" in right.intervals
+    mirrored = measure_images(gather(images.flip(3), prompts, scenes=scenes), ["accuracy"])
+    assert mirrored.scores["accuracy_binding"] > 0.9
+    vertical = (scenes.axis[scenes.count == 2] == 1).float().mean().item()
+    assert mirrored.scores["accuracy_relation"] == pytest.approx(vertical, abs=0.1)

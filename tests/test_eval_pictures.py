@@ -22,7 +22,6 @@ from fastgen.eval.evaluation import gather, measure_images, real_images, toy_pro
 from fastgen.eval.features import Embedded, extract
 from fastgen.eval.images import PictureFolder, from_uint8, to_uint8, write_images
 from fastgen.eval.lpips import HEADS, TRUNK, Lpips, load_lpips
-from fastgen.eval.measures.accuracy import binding
 from fastgen.eval.measures.colour import colour_statistics, statistics_of
 from fastgen.eval.measures.diversity import cosine, euclidean, groups, lpips_matrix, pick, spread
 from fastgen.eval.measures.teacher_fidelity import root_mean_square, to_other_seeds
@@ -376,40 +375,3 @@ def test_a_student_that_keeps_its_teachers_pictures():
 def test_another_size_than_the_teachers_is_named():
     measured = measure_images(gather(noise(2, 8), teacher=noise(2, 16), world=PHOTO), ["teacher_pixels"])
     assert measured.scores == {} and "the teacher's images are 16 x 16, the student's 8 x 8" in measured.notes[0]
-
-
-# -- bindings in the toy world ---------------------------------------------------------------------------------------------
-
-
-def scene(shapes: tuple[int, int], colours: tuple[int, int], axis: int = 0, count: int = 2) -> Scenes:
-    zero = torch.zeros(1, 2, dtype=torch.long)
-    return Scenes(
-        torch.tensor([count]), torch.tensor([shapes]), torch.tensor([colours]), zero, zero, torch.tensor([axis]), zero[:, 0]
-    )
-
-
-@pytest.mark.parametrize(
-    "seen, expected",
-    [
-        (scene((1, 2), (3, 4)), (True, True)),
-        (scene((2, 1), (4, 3)), (True, False)),
-        (scene((1, 2), (3, 4), axis=1), (True, False)),
-        (scene((1, 2), (4, 3)), (False, False)),
-        (scene((1, 2), (3, 3)), (False, False)),
-        (scene((1, 2), (3, 4), count=3), (False, False)),
-    ],
-)
-def test_binding_and_relation(seen: Scenes, expected: tuple[bool, bool]):
-    bound, placed = binding(seen, scene((1, 2), (3, 4)))
-    assert (bound.item(), placed.item()) == expected
-
-
-def test_mirrored_pictures_keep_bindings_and_lose_relations():
-    prompts, scenes, images, _ = world()
-    right = measure_images(gather(images, prompts, scenes=scenes), ["accuracy"])
-    assert right.scores["accuracy_binding"] > 0.95 and right.scores["accuracy_relation"] > 0.95
-    assert "accuracy_relation" in right.intervals
-    mirrored = measure_images(gather(images.flip(3), prompts, scenes=scenes), ["accuracy"])
-    assert mirrored.scores["accuracy_binding"] > 0.9
-    vertical = (scenes.axis[scenes.count == 2] == 1).float().mean().item()
-    assert mirrored.scores["accuracy_relation"] == pytest.approx(vertical, abs=0.1)
