@@ -76,8 +76,8 @@ def test_eval_keeps_pictures_times_calls_and_reads_statistics(tmp_path: Path, ca
     assert main(["eval", str(tmp_path / "model"), *common, "--metrics", "accuracy", "-o", str(tmp_path / "out.json")]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("accuracy") and (tmp_path / "out.values.safetensors").is_file()
-    assert main(["eval", str(tmp_path / "model"), *common, "--metrics", "al"]) == 2
-    assert "did you mean" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "model"), *common, "--metrics", "acuracy"]) == 2
+    assert "did you mean 'accuracy'" in capsys.readouterr().err
 
 
 def test_sweep_of_several_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,10 @@ def test_what_differs_is_seen_and_told() -> None:
     back = compare(b, a).verdicts[0]
     assert back.difference == pytest.approx(-score.difference) and "lower by 0." in back.sentence
     assert [each.key for each in compare(a, b, only=["clip_score"]).verdicts] == ["clip_score"]
+    parts = [replace(each, scores={**each.scores, "accuracy_one": 0.5}) for each in (a, b)]
+    parts = [replace(each, values={**each.values, "accuracy_one": each.values["accuracy"]}) for each in parts]
+    assert "accuracy_one" not in {each.key for each in compare(*parts).verdicts}, "a part of a score, unless it is asked for"
+    assert [each.key for each in compare(*parts, only=["accuracy_one"]).verdicts] == ["accuracy_one"]
 
 
 def test_what_does_not_differ_is_not_seen() -> None:

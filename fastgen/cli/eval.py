@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         latency = None
         if args.latency:
             say(args, "latency")
-            latency = latency_of(folder, asked["device"], steps=steps, guidance=guidance, call=call)
+            prompt = evaluation.prompts[0]
+            latency = latency_of(folder, asked["device"], steps=steps, guidance=guidance, call=call, prompt=prompt)
     evaluation.settings["target"] = evaluation.protocol["model"]["name"] = args.target
     if loaded is not None:
         evaluation.settings |= {"updates": loaded.step, "averaged": loaded.averaged}

@@ -138,7 +138,7 @@ def _evaluation_subject(path: Path) -> Subject:
 
 
 def compare(a: Subject, b: Subject, *, ignore: Sequence[str] = (), only: Sequence[str] | None = None) -> Comparison:
-    """Every score that both have (or those keys that `only` names), B against A.
+    """Every score that both have, B against A; what divides another score up only where `only` names it, among other keys.
 
     Raises UserError where the protocols differ, naming the field, unless it is in `ignore`; where no image has a partner; and
     for a key in `only` that cannot be tested.
@@ -148,7 +148,8 @@ def compare(a: Subject, b: Subject, *, ignore: Sequence[str] = (), only: Sequenc
     prompts = [a.prompts[i] for i, _ in pairs]
     made = Comparison(a.name, b.name, len(pairs), len(set(prompts)))
     teachers = [each.protocol.get("teacher") for each in (a, b)]
-    keys = [key for key in a.scores if key in b.scores and reading(key).best != "none" and (only is None or key in only)]
+    keys = [key for key in a.scores if key in b.scores and reading(key).best != "none"]
+    keys = [key for key in keys if (key in only if only is not None else not _is_part(key, keys))]
     untested = []
     for key in keys:
         if teachers[0] != teachers[1] and "teacher" in key:
@@ -168,6 +169,11 @@ def compare(a: Subject, b: Subject, *, ignore: Sequence[str] = (), only: Sequenc
         made.notes.append(f"Not tested, since no value of a single image belongs to them: {told}.")
     made.verdicts[:] = _told(made.verdicts, made.images)
     return made
+
+
+def _is_part(key: str, keys: Sequence[str]) -> bool:
+    """Whether a score divides another one up: strict accuracy by colour, by shape, ..."""
+    return any(key.startswith(f"{other}_") for other in keys)
 
 
 def _pairs(a: Subject, b: Subject) -> list[tuple[int, int]]:

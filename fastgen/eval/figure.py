@@ -160,7 +160,7 @@ def _name_curves(
         value = f"{real.scores[key]:.0%}" if key in SHARES else number(real.scores[key])
         words = axes.text(0, 0, f"real images {value}", color=theme.muted, fontsize=8.5, transform=axes.transAxes)
         line = [(float(x), height) for x in np.linspace(box.x1, box.x0, 40)]
-        _put(words, line, taken, axes, near=6 * pixel, enough=14 * pixel)
+        _put(words, line, taken, axes, near=3 * pixel, enough=14 * pixel, level=True)
         taken += line
     for curve, path in zip(made, paths, strict=True):
         look = {"color": colours[curve.label], "fontsize": 10.5, "fontweight": "bold", "zorder": 6}
@@ -168,12 +168,15 @@ def _name_curves(
         _put(words, path, taken, axes, near=15 * pixel, enough=9 * pixel)
 
 
-def _put(words: Any, path: Points, taken: Points, axes: Any, *, near: float, enough: float) -> None:
-    """Move a text to the first place beside the path that is `enough` pixels from all that is `taken`, or else the freest."""
+def _put(words: Any, path: Points, taken: Points, axes: Any, *, near: float, enough: float, level: bool = False) -> None:
+    """Move a text to the first place beside the path that is `enough` pixels from all that is `taken`, or else the freest.
+
+    Beside a `level` path is above or below it.
+    """
     box, extent = axes.get_window_extent(), words.get_window_extent()
     width, height = extent.width, extent.height
     beside = [(a, b) for a in (near, -width / 2, -near - width) for b in (near, -height / 2, -near - height)]
-    corners = [(x + a, y + b) for x, y in path for a, b in beside if (a, b) != (-width / 2, -height / 2)]
+    corners = [(x + a, y + b) for x, y in path for a, b in beside if b != -height / 2 or (a != -width / 2 and not level)]
     inside = [(x, y) for x, y in corners if box.x0 + 4 <= x <= box.x1 - width and box.y0 <= y <= box.y1 - height]
 
     def gap(corner: tuple[float, float]) -> float:
