@@ -105,7 +105,10 @@ def load_clip(model: str, weights: str | None, device: torch.device | str) -> Cl
     """A reward from open_clip's name of a model and of its weights."""
     import open_clip
 
-    return ClipReward(open_clip.create_model(model, pretrained=weights, device=device), open_clip.get_tokenizer(model))
+    # OpenAI's weights want their own activation, which open_clip 3 does not turn on by itself.
+    quick = weights is not None and bool(open_clip.get_pretrained_cfg(model, weights).get("quick_gelu"))
+    made = open_clip.create_model(model, pretrained=weights, device=device, force_quick_gelu=quick)
+    return ClipReward(made, open_clip.get_tokenizer(model))
 
 
 def head_layers(path: Path) -> list[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +15,7 @@ from fastgen.data.toy.scenes import render, sample_scenes
 from fastgen.errors import UserError
 from fastgen.eval.measures.clip_score import clip_scores
 from fastgen.eval.world import TOY
-from fastgen.rewards import AestheticReward, head_layers, load_reward
+from fastgen.rewards import TOY_WEIGHTS, AestheticReward, head_layers, load_clip, load_reward
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,14 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_file({"layers.0.weight": torch.zeros(8, 96)}, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match=r"layers\.0 is not a linear layer"):
         head_layers(tmp_path / "bare.safetensors")
+
+
+@pytest.mark.parametrize(("weights", "wanted"), [("openai", True), ("laion2b_s34b_b79k", False), (None, False)])
+def test_weights_run_with_the_activation_they_were_trained_with(
+    weights: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+    made = open_clip.create_model(f"local-dir:{TOY_WEIGHTS}")
+    monkeypatch.setattr("open_clip.create_model", lambda name, **options: seen.update(options) or made)
+    load_clip("ViT-B-32", weights, "cpu")
+    assert seen["force_quick_gelu"] is wanted and seen["pretrained"] == weights

@@ -23,6 +23,9 @@ from safetensors.torch import load_file
 from fastgen.errors import UserError
 from fastgen.eval.world import World
 
+ANONYMOUS = frozenset({"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "config.json", "vocab.txt"})
+"""Names that many repositories give to different files: looked for under "owner/name/" alone."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -45,9 +48,9 @@ class Weights:
 def locate(weights: Weights, world: World, *, what: str) -> Path:
     """The file on this machine; `what` names the network in sentences.
 
-    Looked for in `world.weights` (by its name, or under "owner/name/file"), in the caches, and, unless the world is offline, at
-    its origin. Raises UserError where it is nowhere, naming the file, where it comes from and where to put it, and where its
-    hash is another one.
+    Looked for in `world.weights` (under "owner/name/file", or by a telling name), in the caches, and, unless the world is
+    offline, at its origin. Raises UserError where it is nowhere, naming the file, where it comes from and where to put it, and
+    where its hash is another one.
     """
     path = _in_folder(weights, world.weights) or _in_caches(weights) or _download(weights, world, what)
     if weights.sha256 and not file_hash(path).startswith(weights.sha256):
@@ -58,7 +61,9 @@ def locate(weights: Weights, world: World, *, what: str) -> Path:
 def _in_folder(weights: Weights, folder: Path | None) -> Path | None:
     if folder is None:
         return None
-    places = (folder / weights.origin / weights.file, folder / Path(weights.file).name)
+    places = [folder / weights.origin / weights.file]
+    if Path(weights.file).name not in ANONYMOUS:
+        places.append(folder / Path(weights.file).name)
     return next((place for place in places if place.is_file()), None)
 
 
@@ -78,6 +83,8 @@ def torch_cache(weights: Weights) -> Path:
 def _download(weights: Weights, world: World, what: str) -> Path:
     wanted = Path(weights.file).name
     if world.offline:
+        if wanted in ANONYMOUS:
+            wanted = f"{weights.origin}/{weights.file}"
         place = f"put {wanted} into the folder {world.weights}" if world.weights else f"name a folder with {wanted} as weights"
         raise UserError(f"the weights of {what} are missing ({weights.address}): {place}, or evaluate once without offline")
     try:
