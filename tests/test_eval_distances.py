@@ -181,6 +181,21 @@ def test_the_standard_error_is_the_bootstraps():
     assert standard_error(moved[:200], 400) == pytest.approx(error, rel=0.2)
 
 
+@pytest.mark.parametrize(("count", "width"), [(300, 5), (200, 20), (100, 20)])
+def test_the_expected_bias_is_that_of_many_draws(count: int, width: int):
+    """Of sets from the reference's own distribution, whose limit is 0; and the closed form for standard normal features."""
+    rows = torch.randn(200, count, width, dtype=torch.double)
+    truth = Moments.from_tensors(
+        {"count": torch.tensor(2), "mean": torch.zeros(width).double(), "scatter": torch.eye(width).double()}
+    )
+    reference = FrechetTo(truth)
+    found = [(reference.compare(Moments.of(each)), each) for each in rows]
+    measured = np.mean([distance.value for distance, _ in found])
+    expected = np.mean([distance.bias(each, each.mean(0), count) for distance, each in found])
+    assert expected == pytest.approx(measured, rel=0.12)
+    assert expected == pytest.approx((width + width**2 / 4 + width / 4) / count, rel=0.12)
+
+
 def test_pictures_of_one_prompt_are_drawn_together():
     """Four copies of a picture say no more than one."""
     rows, reference = gaussian(200, 3, 1).repeat_interleave(4, 0), FrechetTo(Moments.of(gaussian(300, 3, 2)))
@@ -230,7 +245,10 @@ def scored() -> dict[str, Any]:
 
 def test_fidelity_gives_every_distance_with_its_floor():
     found = scored()
-    assert set(found) == {f"{key}{end}" for key in ("fd", "kd", "precision", "recall") for end in ("", "_floor")}
+    assert set(found) == {f"{key}{end}" for key in ("fd", "kd", "precision", "recall") for end in ("", "_floor")} | {
+        "fidelity_bias"
+    }
+    assert 0 < found["fidelity_bias"] < found["fd_floor"]
     for key in ("fd", "kd"):
         score = found[key]
         assert score.value > 5 * abs(found[f"{key}_floor"]) and 0 < score.error < 0.5 * score.value

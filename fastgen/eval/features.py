@@ -130,7 +130,7 @@ class Extraction:
         self.seen, self.total = 0, total
         self._moments: Moments | None = None
         self._splits: Splits | None = None
-        self._rows: dict[str, list[Tensor]] = {layer: [] for layer in (self.layers["fid"], self.layers["prc"])}
+        self._rows: dict[str, Tensor] = {}
 
     def add(self, images: Tensor) -> None:
         """Take uint8 [B, 3, H, W] in. Raises UserError when a feature is not finite, or the pictures are no toy scenes'
@@ -138,10 +138,9 @@ class Extraction:
         found = self.features(images)
         values = found[self.layers["fid"]]
         self._moments = (self._moments or Moments(values.shape[1])).add(values)
-        room = self.keep - self.seen
-        for layer, rows in self._rows.items():
-            if room > 0:
-                rows.append(found[layer][:room].clone())
+        if self.seen < self.keep:
+            for layer in {self.layers["fid"], self.layers["prc"]}:
+                self._keep(layer, found[layer])
         if "isc" in self.layers and self.total is not None:
             logits = found[self.layers["isc"]]
             self._splits = self._splits or Splits(self.total, logits.shape[1])
@@ -163,11 +162,18 @@ class Extraction:
             raise UserError(f"the features of {bad}{where} are NaN or infinite; no distance can be computed")
         return found
 
+    def _keep(self, layer: str, values: Tensor) -> None:
+        if layer not in self._rows:  # the system gives memory as it is written to
+            room = self.keep if self.total is None else min(self.keep, self.total)
+            self._rows[layer] = values.new_empty(room, values.shape[1])
+        kept = self._rows[layer][self.seen : self.seen + len(values)]
+        kept.copy_(values[: len(kept)])
+
     def embedded(self) -> Embedded:
         """Of all that came. Raises UserError when nothing came."""
         if self._moments is None:
             raise UserError(f"there are no {self.name} to take features of")
-        kept = {layer: torch.cat(parts) for layer, parts in self._rows.items() if parts}
+        kept = {layer: rows[: self.seen] for layer, rows in self._rows.items()}
         rows = {metric: kept[self.layers[metric]] for metric in ("fid", "prc")} if kept else {}
         return Embedded(self._moments, rows, self._splits)
 

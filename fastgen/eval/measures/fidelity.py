@@ -18,7 +18,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from fastgen.errors import UserError
 from fastgen.eval.features import Embedded
-from fastgen.eval.frechet import FrechetTo, Gaussian, standard_error
+from fastgen.eval.frechet import Frechet, FrechetTo, Gaussian, standard_error
 from fastgen.eval.kernel import SUBSETS, kernel_distance
 from fastgen.eval.registry import Evidence, ImageSet, Reading, Score, metric
 from fastgen.eval.world import TOY
@@ -34,13 +34,21 @@ READINGS = {
     "precision": Reading("Precision", best="high"),
     "recall": Reading("Recall", best="high"),
 }
+BIAS = {"fidelity_bias": Reading("Fréchet distance: expected bias", best="none")}
+"""What of the distance is due to the number of images: its expectation to the order 1 / N (`fastgen.eval.frechet`)."""
+BIAS_FROM = 5
+"""Images for each feature from which on that order is right within a tenth; below, the bias is larger than it says."""
 FLOORS = {f"{key}_floor": Reading(f"{reading.label}, real against real", best="none") for key, reading in READINGS.items()}
 
 
 def frechet(generated: Embedded, reference: FrechetTo, prompts: Sequence[str] | None = None) -> Score:
     """The Fréchet distance with its standard error, which draws prompts where they are known."""
-    found, rows = reference.compare(generated.moments), generated.rows["fid"]
-    moved = found.influence(rows, generated.moments.mean)
+    return with_error(reference.compare(generated.moments), generated, prompts)
+
+
+def with_error(found: Frechet, generated: Embedded, prompts: Sequence[str] | None = None) -> Score:
+    """A distance of the generated images that was computed, with its standard error."""
+    moved = found.influence(generated.rows["fid"], generated.moments.mean)
     return Score(found.value, error=standard_error(moved, generated.moments.count, prompts))
 
 
@@ -58,12 +66,16 @@ def distances(generated: Embedded, real: Embedded) -> dict[str, Score | float]:
     return found | neighbours(mine["prc"], theirs["prc"])
 
 
-@metric("fidelity", needs=("images", "reference_or_statistics"), readings=READINGS | FLOORS)
+@metric("fidelity", needs=("images", "reference_or_statistics"), readings=READINGS | BIAS | FLOORS)
 def fidelity(evidence: Evidence) -> dict[str, Score | float]:
     """Distances of the images to the reference, and of the floor set to the reference at the same number."""
     generated = evidence.embedded("images")
-    to_goal = FrechetTo(goal(evidence, generated.moments.width))
-    scores: dict[str, Score | float] = {"fd": frechet(generated, to_goal, evidence.prompts)}
+    moments = generated.moments
+    to_goal = FrechetTo(goal(evidence, moments.width))
+    found = to_goal.compare(moments)
+    scores: dict[str, Score | float] = {"fd": with_error(found, generated, evidence.prompts)}
+    if moments.count >= BIAS_FROM * moments.width:
+        scores["fidelity_bias"] = found.bias(generated.rows["fid"], moments.mean, moments.count)
     if evidence.reference is None:
         evidence.note("Statistics give the Fréchet distance alone; for kernel distance, precision and recall give pictures.")
     else:
@@ -71,7 +83,7 @@ def fidelity(evidence: Evidence) -> dict[str, Score | float]:
     if evidence.floor is None:
         evidence.note("No floor was measured: it takes twice as many real images as generated ones.")
         return scores
-    sizes = len(evidence.floor), generated.moments.count
+    sizes = len(evidence.floor), moments.count
     if sizes[0] != sizes[1]:
         evidence.note(f"The floor is measured at {sizes[0]} images, the distances at {sizes[1]}; compare with care.")
     floors: dict[str, Score | float] = {"fd": to_goal.distance(evidence.moments("floor"))}
@@ -84,7 +96,7 @@ def fidelity(evidence: Evidence) -> dict[str, Score | float]:
 def goal(evidence: Evidence, width: int) -> Gaussian:
     """What distances are measured to: the statistics where there are some, else the reference. Notes what there is to say.
 
-    Raises UserError where the statistics belong to other features, or there are too few images for neighbours.
+    Raises UserError where the statistics belong to other features, or the images are too few to have neighbours.
     """
     counts = [len(evidence.images)]
     if evidence.statistics is not None:
@@ -96,7 +108,7 @@ def goal(evidence: Evidence, width: int) -> Gaussian:
         assert evidence.reference is not None
         counts.append(len(evidence.reference))
     smallest = min(counts)
-    if smallest <= NEIGHBOURS:
+    if evidence.statistics is None and smallest <= NEIGHBOURS:
         raise UserError(f"precision and recall look at {NEIGHBOURS} neighbours and need more images than that, not {smallest}")
     if smallest <= width:
         evidence.note(
