@@ -147,7 +147,7 @@ def computing(device: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     """How images are computed, and on which machine."""
     return {
         "computation": {"precision": str(dtype).removeprefix("torch."), "device": device.split(":")[0], "batch": batch},
-        "machine": {"device": device_name(device), "threads": torch.get_num_threads(), "system": platform.platform(terse=True)},
+        "machine": {"device": device_name(device), "threads": torch.get_num_threads(), "system": platform.system()},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -41,7 +41,7 @@ STYLE = """
   --line: #2e2e36; --right: #6fd695; --wrong: #ff8f86; --mark: #1d2436; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+main { max-width: 1240px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
 p { margin: .4rem 0; max-width: 75ch; }
@@ -233,7 +233,7 @@ def _tile(picture: Image.Image, label: str, row: Row, prompt: str, verdict: bool
         mark = ' <span class="right">✓</span>' if verdict else ' <span class="wrong">✗</span>'
         said = ", everything right" if verdict else ", something wrong"
     alt = escape(f"{label} with {steps}: {prompt}{said}", quote=True)
-    caption = f'<span class="name">{escape(label)}</span>{mark}<br>{steps}'
+    caption = f'<span class="name">{escape(label)}</span><br>{steps}{mark}'
     return f'<figure><img src="{source}" alt="{alt}" {size}><figcaption>{caption}</figcaption></figure>'
 
 

@@ -18,7 +18,7 @@ from fastgen.eval.results import Row
 COLUMNS = (
     *("fd", "fd_teacher", "patch_fd", "kd", "cmmd", "inception_score", "precision", "recall", "clip_score"),
     *("hps", "pick_score", "image_reward", "aesthetic", "geneval_compatible"),
-    *("accuracy", "accuracy_two", "diversity_ratio", "diversity_teacher_ratio", "teacher_distance"),
+    *("accuracy", "diversity_ratio", "diversity_teacher_ratio", "teacher_distance"),
 )
 """The scores that tables show, where there are any; everything else is in the JSON."""
 
