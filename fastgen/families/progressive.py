@@ -1,7 +1,7 @@
 """Progressive distillation: stages, in each of which one step of the student replaces several of its teacher.
 
 The family of progressive distillation, SnapFusion and SDXL-Lightning. Methods say how steps are counted and what the student
-minimises; stages, the grid, the frozen teacher of a stage and its steps are here.
+minimises; stages, the grid, the frozen teacher of a stage and its steps are here, and the stages of a discriminator.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fastgen.critics import TransitionCritic
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
+from fastgen.families.adversarial import layers_for
 from fastgen.families.stages import Staged
-from fastgen.losses import distance, landing, noised, snr
+from fastgen.losses import approximate_r1, distance, landing, noised, nonsaturating_critic, nonsaturating_student, snr
 from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction, Process
@@ -222,3 +224,106 @@ class ProgressiveDistillation(Staged):
     def weight_at(self, t: Tensor, like: Tensor) -> Tensor:
         """The weight of errors in x0 at `t` [B], shaped to broadcast against `like`."""
         return truncated_snr(self.student.process, t, like)
+
+
+Objective = Literal["mse", "conditional", "unconditional"]
+
+
+@dataclass
+class AdversarialProgression(ProgressiveDistillation):
+    """Progressive distillation whose distance in some stages is a discriminator (SDXL-Lightning, Lin et al. 2024).
+
+    It is a copy of the teacher that learns, and tells where the teacher's steps end from where one step of the student does:
+    knowing where they began ("conditional") or not. Every such stage has a discriminator of its own.
+    """
+
+    objectives: tuple[Objective, ...] = field(
+        default=("mse",), metadata={"help": 'what every stage minimises: "mse", "conditional" or "unconditional"'}
+    )
+    adversarial_lr_scale: float = field(
+        default=0.1, metadata={"help": "learning rate of adversarial stages over that of mse stages", "above": 0}
+    )
+    critic_lr_scale: float = field(
+        default=1.0, metadata={"help": "learning rate of the discriminator over the student's", "above": 0}
+    )
+    mse_weight: float = field(
+        default=0.0, metadata={"help": "weight of the mse objective kept in adversarial stages", "at_least": 0}
+    )
+    r1_weight: float = field(default=0.0, metadata={"help": "weight of the approximate R1 penalty; 0: none", "at_least": 0})
+
+    family: ClassVar[str] = "adversarial"
+
+    def setup(self, pipeline: Pipeline) -> None:
+        super().setup(pipeline)
+        self.critic: TransitionCritic | None = None
+        if any(objective != "mse" for objective in self.objectives):
+            layers = layers_for(f"objectives = {list(self.objectives)}", pipeline, 'make all of them "mse"')
+            condition, backbone = pipeline.encode_prompts([""]), pipeline.trainable("critic")
+            where: dict[str, Any] = {"paired": self.objective == "conditional", "device": pipeline.device}
+            self.critic = TransitionCritic(backbone, layers, pipeline.latent_shape, condition, **where)
+
+    @property
+    def objective(self) -> Objective:
+        """What the present stage minimises."""
+        return self.objectives[self.stage]
+
+    def players(self) -> Sequence[Player]:
+        if self.objective == "mse":
+            return [Player("student", self.student, self.loss)]
+        assert self.critic is not None
+        scale = self.adversarial_lr_scale
+        return [
+            Player("critic", self.critic, self.critic_loss, lr_scale=scale * self.critic_lr_scale),
+            Player("student", self.student, self.loss, lr_scale=scale),
+        ]
+
+    def advance(self, step: int, total: int) -> bool:
+        moved = super().advance(step, total)
+        if moved:
+            self.renew()
+        return moved
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        before = self.stage
+        super().load_state(state)
+        if self.stage != before:
+            self.renew()
+
+    def renew(self) -> None:
+        if self.critic is not None and self.objective != "mse":
+            self.critic.renew(self.objective == "conditional")
+
+    def start(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Diffused data where a step of the student begins, and the times from there to where it ends."""
+        return self.begin(batch)
+
+    def views(self, ends: Sequence[Tensor], level: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the discriminator is shown of `ends`, which are at times `level` [B], and the times at which that is."""
+        return list(ends), level
+
+    def loss(self, batch: Batch) -> Loss:
+        xt, times = self.start(batch)
+        prediction = Guided(self.student, self.told)(xt, times[0], batch.condition)
+        if self.objective == "mse":
+            return {"x0": self.regression(prediction, times, batch.condition)}
+        assert self.critic is not None
+        views, level = self.views([prediction.at(times[-1]).to(xt.dtype)], times[-1])
+        (fake,) = self.critic(views, level, batch.condition, xt, times[0])
+        terms = {"gan": nonsaturating_student(fake)}
+        if self.mse_weight:
+            terms["x0"] = self.mse_weight * self.regression(prediction, times, batch.condition)
+        return terms
+
+    def critic_loss(self, batch: Batch) -> Loss:
+        assert self.critic is not None
+        critic, condition = self.critic, batch.condition
+        xt, times = self.start(batch)
+        with torch.no_grad():
+            fake = Guided(self.student, self.told)(xt, times[0], condition).at(times[-1]).to(xt.dtype)
+        (shown, faked), level = self.views([self.taught(xt, times, condition), fake], times[-1])
+        real_logits, fake_logits = critic([shown, faked], level, condition, xt, times[0])
+        terms = {"gan": nonsaturating_critic(real_logits, fake_logits)}
+        if self.r1_weight:
+            penalty = approximate_r1(lambda x: critic([x], level, condition, xt, times[0])[0], shown, real_logits)
+            terms["r1"] = self.r1_weight * penalty
+        return terms

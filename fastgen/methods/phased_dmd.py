@@ -30,11 +30,12 @@ class PhasedDMD(ScoreDistillation):
 
     With `experts` each phase has a student network of its own. An export holds each, and its card says how to change from one
     to the next; being no pipeline by itself it is not measured.
+
     Differences from the authors' paper: the phases learn side by side, one call a turn, not one after another, so that a
     later phase starts from where the earlier one is now, and every fake score is fresh by being its phase's own; without
     `experts` one network serves all phases; a fake score learns from where the last call of its phase ends, and judges jumps
-    there from all of them; the gradient is normalised as DMD's. Their guidance is 4, with two phases
-    of two steps; the student a LoRA of rank 64 at 5e-5, the fake score whole at 4e-7, five updates for one.
+    there from all of them; the gradient is normalised as DMD's. Their guidance is 4, with two phases of two steps; the
+    student a LoRA of rank 64 at 5e-5, the fake score whole at 4e-7, five updates for one.
     """
 
     phases: int = field(default=2, metadata={"help": "parts of the student's steps, each with a fake score", "at_least": 1})

@@ -25,9 +25,10 @@ class TDD(AdversarialConsistency):
     scale, and unguided for the `prompt_dropout` share of empty prompts (decoupled guidance), so that `guidance`, about 1.7 to
     3, can be used in sampling, at two network evaluations a call.
 
-    Differences from the authors' code: an update moves the adversary and then the student, two of their iterations; its heads
-    see the pipeline's feature layers, not every block; times are not rounded to the table after jitter; at t = 1 the input is
-    noise alone; the last jump ends at clean data. Their scale 3.5 is 4.5 in the convention where 1 is off.
+    Differences from the authors' code: the adversary is off unless it is given a weight; an update moves the adversary and
+    then the student, two of their iterations; its heads see the pipeline's feature layers, not every block; times are not
+    rounded to the table after jitter; at t = 1 the input is noise alone; the last jump ends at clean data. Their scale 3.5 is
+    4.5 in the convention where 1 is off.
     """
 
     guidance_low: float = field(default=4.5, metadata={"help": "least guidance scale of the teacher, 1 = off"})

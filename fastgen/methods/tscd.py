@@ -28,7 +28,8 @@ class TSCD(Staged, AdversarialConsistency):
     renewing noise. The adversary, where there is one, joins in the stages of two segments and of one, as theirs gains weight.
 
     Differences from the paper, whose code is not public: the distance is pseudo-Huber's as in LCM, not squared; the adversary
-    looks at the frozen teacher's features as in PCM, and is not a network of its own; its noise perturbation is left out.
+    is off unless it is given a weight, and looks at the frozen teacher's features as in PCM, and is not a network of its own;
+    its noise perturbation is left out.
     """
 
     segments: tuple[int, ...] = field(default=(8, 4, 2, 1), metadata={"help": "segments of the trajectory, stage by stage"})
