@@ -22,9 +22,10 @@ from fastgen.errors import UserError
 from fastgen.pipelines.quantization import linear_layers
 from fastgen.plan import advice
 from fastgen.plan.advice import advise
-from fastgen.plan.estimate import Blank, Plan, estimate
+from fastgen.plan.estimate import Blank, estimate
 from fastgen.plan.folding import fold
 from fastgen.plan.ledger import Hollow, Ledger, empty
+from fastgen.plan.record import Plan
 from fastgen.training.loop import Trainer
 from fastgen.training.run import open_pipeline
 from tests import tiny_models as tiny
@@ -62,8 +63,8 @@ def changed(folder: Path, method: str, role: str, override: str) -> RunConfig:
     return configuration.load(written(folder, method, role), [override])
 
 
-def measured(config: RunConfig) -> list[int]:
-    """The peaks of one real move of every player, from the storages that are alive, with real weights."""
+def measured(config: RunConfig, update: int = 0) -> list[int]:
+    """The peaks of one real move of every player in `update`, from the storages that are alive, with real weights."""
     ledger = Ledger()
     with ledger:
         pipeline = open_pipeline(config)
@@ -75,7 +76,14 @@ def measured(config: RunConfig) -> list[int]:
         method.setup(pipeline)
         trainer = Trainer(method, Blank(pipeline, method), config.train, device="cpu")  # type: ignore[arg-type]
         free_text_encoders(pipeline)
-        method.advance(0, config.train.steps)
+        begin, total = 0, config.train.steps
+        while begin < total and begin <= update:
+            trainer.step = begin
+            if method.advance(begin, total):
+                trainer.start_players()
+                trainer.ema = trainer.start_ema()
+            begin = method.stage_end(begin, total)
+        method.advance(update, total)
         peaks = []
         for again in (False, True):  # the second time the optimiser's moments are there from the start
             for turn in trainer.turns:
@@ -92,6 +100,33 @@ def test_the_peak_is_that_of_a_real_update(folder: Path, method: str, role: str)
     assert len(real) == len(plan.turns)
     for turn, peak in zip(plan.turns, real, strict=True):
         assert turn.peak == pytest.approx(peak, rel=0.1)
+
+
+STAGED = {
+    "hyper_sd": ["method.segments=[1]"],  # at last the fake score moves, and an anchor is asked
+    "flash": ["method.grid=4"],  # no adversary at first
+    "lightning": [
+        "method.start_steps=4",
+        "method.student_steps=[2, 1]",
+        "method.objectives=['mse', 'conditional']",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "method", ["hyper_sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flash", "lightning"))]
+)
+def test_a_method_in_stages_is_planned_at_the_dearest(folder: Path, method: str) -> None:
+    config, real = (configuration.load(written(folder, method), STAGED[method]) for _ in range(2))
+    plan = estimate(config)
+    assert plan.looked_at >= 2 and plan.update > 0
+    found = measured(real, plan.update)
+    assert len(found) == len(plan.turns)
+    for turn, peak in zip(plan.turns, found, strict=True):
+        assert turn.peak == pytest.approx(peak, rel=0.1)
+    assert plan.held == pytest.approx(sum(r.kept for r in plan.rows if "freed" not in r.name), rel=0.1)
+    first = measured(configuration.load(written(folder, method), STAGED[method]))
+    assert max(first) < 0.97 * plan.peak
 
 
 def row(plan: Plan, name: str) -> dict[str, int]:

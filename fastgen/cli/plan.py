@@ -12,7 +12,7 @@ from fastgen.cli.options import add_common, emit
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
-    from fastgen.plan.estimate import Plan
+    from fastgen.plan.record import Plan
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 COLUMNS = ("weights", "gradients", "optimizer", "ema")
@@ -93,6 +93,7 @@ def shown(plan: Plan, gpus: int) -> str:
         "",
         *(line.rstrip() for line in aligned),
         "",
+        *([f"update {plan.update + 1}, the most expensive of {plan.looked_at} looked at"] if plan.looked_at > 1 else []),
         f"before training: peak {size(plan.preparing)}",
         f"kept between updates: {size(plan.held)}",
         *(f"turn of {t.player}: {size(t.saved)} saved for backward, peak {size(t.peak)}" for t in plan.turns),

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastgen.config import RunConfig
 from fastgen.errors import UserError
-from fastgen.plan.estimate import Plan, Turn, estimate
+from fastgen.plan.estimate import estimate
+from fastgen.plan.record import Plan, Turn
 
 __all__ = ["Advice", "advise", "scaled"]
 
