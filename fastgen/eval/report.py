@@ -252,9 +252,9 @@ def _numbers(rows: Sequence[Row]) -> str:
         lines.append(f'<tr class="{row.role}"><th scope="row">{escape(texts[0])}</th>{"".join(shown)}</tr>')
     grid = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="Every row">{grid}</div>'
-    texts = (("Markdown", table(rows)), ("LaTeX", latex(rows)), ("CSV, every score", csv_text(rows)))
+    forms = (("Markdown", table(rows)), ("LaTeX", latex(rows)), ("CSV, every score", csv_text(rows)))
     paste = "".join(
-        f'<details><summary>{name}</summary><pre class="paste">{escape(text)}</pre></details>' for name, text in texts
+        f'<details><summary>{name}</summary><pre class="paste">{escape(text)}</pre></details>' for name, text in forms
     )
     about = '<p class="muted">To paste (a click selects all):</p>'
     return f'<div class="card">{scroll}{_more_scores(rows)}{about}{paste}</div>'

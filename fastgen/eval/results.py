@@ -145,7 +145,9 @@ def open_results(folder: Path, protocol: Mapping[str, Any], prompts: list[str], 
     asked = json.loads(json.dumps(protocol))
     if (folder / "results.json").exists():
         results = load_results(folder)
-        for name, was, now in differences(results.protocol, asked, ignore=("time",)):
+        on_cpu = asked.get("computation", {}).get("device") == "cpu"
+        harmless = ("time",) if on_cpu else ("time", "machine.threads")  # seconds are compared, and depend on the CPU's threads
+        for name, was, now in differences(results.protocol, asked, ignore=harmless):
             was, now = (json.dumps(each, ensure_ascii=False) for each in (was, now))
             raise UserError(
                 f"{folder / 'results.json'} holds rows of another protocol: {name} was {was} and is {now} now; "
