@@ -28,11 +28,18 @@ FAMILIES = {  # folder -> class of the tiny model, and the hub names that its re
 }
 
 
+PIXELS = 64
+"""Height and width of all but the toy's pictures. Some families' are 1,024 by default, which a tiny autoencoder of few levels
+makes 262,144 places of a latent: more than a large model has, and gigabytes.
+"""
+
+
 def tiny(recipe: Path, run: config.RunConfig) -> Pipeline:
-    """The recipe's roles on a tiny model of its family; adapters are small, whatever it says of them."""
+    """The recipe's roles on a tiny model of its family; adapters and pictures are small, whatever it says of them."""
     build: Any = toy if run.pipeline == TOY else builders()[FAMILIES[recipe.parent.name][0]]
     roles: dict[str, Any] = {role: run.role(role) for role in ROLES}
-    return Pipeline.wrap(build(), roles=roles, lora=LoraOptions(rank=2, init=run.lora.init, dora=run.lora.dora))
+    size = {} if run.pipeline == TOY else {"height": PIXELS, "width": PIXELS}
+    return Pipeline.wrap(build(), roles=roles, lora=LoraOptions(rank=2, init=run.lora.init, dora=run.lora.dora), **size)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
