@@ -80,6 +80,24 @@ def test_eval_keeps_pictures_times_calls_and_reads_statistics(tmp_path: Path, ca
     assert "did you mean 'accuracy'" in capsys.readouterr().err
 
 
+def test_pictures_for_genevals_own_scorer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny().save_pretrained(tmp_path / "model")
+    record = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+    other = {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": "a photo of a cow"}
+    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(other)}\n")
+    common = ["eval", str(tmp_path / "model"), "--number", "4", "--steps", "1", "--device", "cpu", "--offline", "--quiet"]
+    more = ["--prompts", str(tmp_path / "prompts.jsonl"), "--geneval", str(tmp_path / "geneval"), "--metrics", "colour"]
+    assert main([*common, *more]) == 0
+    found = sorted(str(path.relative_to(tmp_path / "geneval")) for path in (tmp_path / "geneval").rglob("*.*"))
+    assert found == [
+        f"0000{i}/{name}" for i in range(2) for name in ("metadata.jsonl", "samples/00000.png", "samples/00001.png")
+    ]
+    assert json.loads((tmp_path / "geneval" / "00001" / "metadata.jsonl").read_text()) == other
+    capsys.readouterr()
+    assert main([*common, *more]) == 2 and "exists already" in capsys.readouterr().err
+    assert main([*common, "--geneval", str(tmp_path / "x")]) == 2 and "needs GenEval's prompts" in capsys.readouterr().err
+
+
 def test_sweep_of_several_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = export(tmp_path / "student", steps=1)
     tiny().save_pretrained(tmp_path / "teacher")

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="sample an export or a run otherwise than it was trained to be")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="keep the pictures here, and the record beside them")
     parser.add_argument(
+        "--geneval", type=Path, metavar="FOLDER", help="the pictures in GenEval's layout too, for its own scorer"
+    )
+    parser.add_argument(
         "--latency", action="store_true", help="seconds and memory too, at batch 1 and 8, with nothing else running"
     )
     add_run_options(parser)
@@ -98,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None and args.output.exists():
         raise UserError(f"--output {args.output}: exists already; name a new file or remove it")
+    if args.geneval is not None and (args.prompts is None or args.geneval.exists()):
+        problem = "needs GenEval's prompts (--prompts)" if args.prompts is None else "exists already; name a new folder"
+        raise UserError(f"--geneval {args.geneval}: {problem}")
     asked = protocol(args)
     with tempfile.TemporaryDirectory(prefix="fastgen-eval-") as aside:
         folder, loaded = plain_folder(args.target), None
@@ -108,10 +114,15 @@ def run(args: argparse.Namespace) -> int:
             folder = str(export_run(loaded, place, steps=args.steps, force=args.force))
         call = call_with(folder, args.steps, toy_guidance(folder, args.guidance), force=args.force)
         guidance, steps = call.pop("guidance_scale", None), call.pop("num_inference_steps", None)
+        pictures: Path | None = args.images
+        if pictures is None and args.geneval is not None:
+            pictures = Path(aside) / "pictures"
         evaluation = evaluate(
             folder, number=args.number, steps=steps, guidance=guidance, call=call, only=names(args.metrics),
-            progress=lambda done, total: say(args, f"{done} of {total} pictures"), images_folder=args.images, **asked,
+            progress=lambda done, total: say(args, f"{done} of {total} pictures"), images_folder=pictures, **asked,
         )  # fmt: skip
+        if args.geneval is not None and pictures is not None:
+            arrange(pictures, evaluation.prompts, args)
         latency = None
         if args.latency:
             say(args, "latency")
@@ -128,6 +139,19 @@ def run(args: argparse.Namespace) -> int:
     lines = [*scores_as_lines(evaluation), *([] if latency is None else latency_as_lines(latency))]
     emit(args, evaluation.record(), "\n".join([*lines, *(f"note: {each}" for each in evaluation.notes)]))
     return 0
+
+
+def arrange(pictures: Path, prompts: list[str], args: argparse.Namespace) -> None:
+    """The pictures in GenEval's layout, with its own records where the file of prompts holds them."""
+    from fastgen.eval.geneval import write_geneval
+    from fastgen.eval.images import PictureFolder
+    from fastgen.eval.prompt_sets import read_prompt_set
+
+    known = read_prompt_set(args.prompts)
+    records = [extra | {"prompt": text} for text, extra in zip(known.prompts, known.extra, strict=True)]
+    own = records if all("tag" in record for record in records) else None
+    count = write_geneval(PictureFolder(pictures), prompts, args.geneval, records=own)
+    say(args, f"{count} prompts in GenEval's layout: {args.geneval}")
 
 
 def scores_as_lines(evaluation: Evaluation) -> list[str]:
