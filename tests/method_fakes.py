@@ -13,6 +13,7 @@ from fastgen.analytic import MASK, Mixture
 from fastgen.denoiser import Condition, Denoiser, EndInput, Predicts
 from fastgen.method import Batch, Method, Player
 from fastgen.process import EDM, VP, Flow, Kind, Process, Trig
+from fastgen.samplers import Sampler
 
 TABLE = VP(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0))
 PROCESSES: dict[str, Process] = {"vp": TABLE, "flow": Flow(), "trig": Trig(), "edm": EDM()}
@@ -151,6 +152,37 @@ def learn_teacher(pipeline: FakePipeline, updates: int, size: int = 128, lr: flo
         optimizer.step()
         optimizer.zero_grad()
     pipeline.base.load_state_dict(base.state_dict())
+
+
+LABELS = ("0 1", "2")
+"""The prompts of `two_labels`."""
+
+
+def two_labels(updates: int = 1000) -> FakePipeline:
+    """Three modes of a flow in two dimensions under two labels; the network has learnt the closed-form teacher."""
+    means = torch.tensor([[-1.0, 0.8], [-1.0, -0.8], [1.0, 0.0]])
+    teacher = Mixture([0.3, 0.3, 0.4], means, [0.3, 0.3, 0.3], PROCESSES["flow"])
+    pipeline = FakePipeline(PROCESSES["flow"], (2,), "flow", teacher=teacher, labels=3, width=64)
+    learn_teacher(pipeline, updates)
+    return pipeline
+
+
+def furthest_marginal(pipeline: FakePipeline, denoiser: Predicts, sampler: Sampler) -> float:
+    """How far a coordinate of one label's samples is, at most, from that of the data (W1), with `two_labels`."""
+    assert pipeline.teacher is not None
+    condition = pipeline.encode_prompts(LABELS * 2000)
+    data = pipeline.teacher.sample(condition)
+    with torch.no_grad():
+        x = sampler.sample(denoiser, torch.randn(len(condition), 2), condition)
+    return max(wasserstein(x[i::2, d], data[i::2, d]) for i in range(2) for d in range(2))
+
+
+def student_gradient(method: Any, batch: Batch) -> Tensor:
+    """All of the gradient that the student's loss gives the student, as one vector."""
+    total = torch.stack(list(method.student_loss(batch).values())).sum()
+    assert total.isfinite()
+    grads = torch.autograd.grad(total, list(method.trained.parameters()), allow_unused=True)
+    return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
 
 def batches(pipeline: Any, size: int, prompts: Sequence[str] = ("0", "1"), *, pairs: bool = False) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from fastgen.errors import UserError
 from fastgen.methods.lcm import LCM
 from fastgen.process import Kind
 from fastgen.samplers import FewStep, even_times
-from tests.method_fakes import KINDS, PROCESSES, TABLE, Affine, FakePipeline, batches, learn_teacher, train, wasserstein
+from tests.method_fakes import KINDS, LABELS, PROCESSES, TABLE, FakePipeline, batches, learn_teacher, train, wasserstein
 
 OFF = {"guidance_low": 1.0, "guidance_high": 1.0}
 
@@ -163,38 +163,21 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
         ready(FakePipeline(TABLE, (3,)), **options)
 
 
-@pytest.mark.parametrize("process", ["vp", "flow"])
-def test_a_gaussian_student_learns_the_solvers_end(process: str) -> None:
-    """An affine student can be exact, so that its one step is the teacher's eight solver steps."""
-    p = PROCESSES[process]
-    teacher = Gaussian(torch.tensor([0.8]), 0.5, p)
-    pipeline = FakePipeline(p, (1,), "v", teacher=teacher, labels=1, networks={"student": lambda: Affine(8)})
-    method = ready(pipeline, grid=8, huber_c=1.0, **OFF)
-    train(method, batches(pipeline, 64, ("0",)), 500, 0.1)
-    noise, condition = torch.linspace(-2, 2, 9)[:, None], teacher.unconditional(9)
-    with torch.no_grad():
-        one = method.sampler(1).sample(method.trained, noise, condition)
-    eight = FewStep(even_times(8)).sample(teacher, noise, condition)
-    assert (one - eight).abs().max() < 0.005  # measured below 5e-5
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("embed", [False, True])
-def test_a_mixture_is_learnt_in_one_step(embed: bool) -> None:
-    """Three modes in one dimension; and, embedded, the guided distributions of two labels at three scales."""
+def test_the_guided_distributions_of_a_mixture_are_learnt_in_one_step() -> None:
+    """Those of two labels at three scales, which are an input. What is not told its scale is tried with consistency models."""
     teacher = Mixture([0.4, 0.35, 0.25], torch.tensor([[-1.2], [0.2], [1.3]]), [0.2, 0.15, 0.25], PROCESSES["flow"])
     pipeline = FakePipeline(PROCESSES["flow"], (1,), "flow", teacher=teacher, labels=3, width=64)
     learn_teacher(pipeline, 1000)
-    options: dict[str, Any] = {"guidance_low": 1.0, "guidance_high": 3.0, "embed_guidance": True} if embed else OFF
-    method = ready(pipeline, grid=16, huber_c=1.0, **options)
-    train(method, batches(pipeline, 128, ("0 1", "2") if embed else ("0 1 2",)), 2500, 3e-3)
-    condition = pipeline.encode_prompts((["0 1", "2"] if embed else [""]) * 2000)
+    method = ready(pipeline, grid=16, huber_c=1.0, guidance_low=1.0, guidance_high=3.0, embed_guidance=True)
+    train(method, batches(pipeline, 128, LABELS), 2500, 3e-3)
+    condition = pipeline.encode_prompts(LABELS * 2000)
     noise, found = torch.randn(len(condition), 1), []
-    for scale in (1.0, 2.0, 3.0) if embed else (1.0,):
+    for scale in (1.0, 2.0, 3.0):
         with torch.no_grad():
             one = FewStep((1.0,), guidance=scale).sample(method.trained, noise, condition)
         ends = FewStep(even_times(64), guidance=scale).sample(teacher, noise, condition)
         found.append(wasserstein(one, ends))
     blur = wasserstein(FewStep((1.0,)).sample(teacher, noise, condition), ends)
-    # Measured 0.105 from 0.88; embedded 0.166, 0.110 and 0.174 from 0.52.
-    assert max(found) < (0.25 if embed else 0.16) and blur > 0.4
+    # Measured 0.166, 0.110 and 0.174 from 0.52.
+    assert max(found) < 0.25 and blur > 0.4

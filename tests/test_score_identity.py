@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgen.analytic import Gaussian, Mixture
+from fastgen.analytic import Gaussian
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.families.score_identity import ScoreIdentity, Unconditional, score_identity, time_weight
@@ -20,13 +20,14 @@ from fastgen.methods.sid_lsg import SiDLSG
 from fastgen.process import Prediction
 from fastgen.samplers import FewStep
 from tests.method_fakes import (
+    LABELS,
     PROCESSES,
     TABLE,
     FakePipeline,
     GaussianScore,
     batches,
-    learn_teacher,
     train,
+    two_labels,
     wasserstein,
 )
 
@@ -387,12 +388,10 @@ def test_a_mixture_is_learnt(cls: type[ScoreIdentity], options: dict[str, Any], 
     One fake score for several calls sees no more than their mixture, and the mixture is what it brings to the data: the mean
     of single calls stays some way above and below.
     """
-    means = torch.tensor([[-1.0, 0.8], [-1.0, -0.8], [1.0, 0.0]])
-    teacher = Mixture([0.3, 0.3, 0.4], means, [0.3, 0.3, 0.3], PROCESSES["flow"])
-    pipeline = FakePipeline(PROCESSES["flow"], (2,), "flow", teacher=teacher, labels=3, width=64)
-    learn_teacher(pipeline, 800)
+    pipeline = two_labels(800)
+    teacher = pipeline.teacher
     method = ready(cls, pipeline, student_every=2, **options)
-    train(method, batches(pipeline, 128, ("0 1", "2")), 1600, 2e-3, betas=(0.0, 0.99))
+    train(method, batches(pipeline, 128, LABELS), 1600, 2e-3, betas=(0.0, 0.99))
     condition = pipeline.encode_prompts(["0 1", "2"] * 2000)
     seen: list[Prediction] = []
     with torch.no_grad():
