@@ -205,7 +205,7 @@ class Trainer:
 
     def log(self) -> dict[str, float]:
         """The means since the last line, written to the metrics and to the trackers."""
-        values = self.averages.take()
+        values = over_processes(self.averages.take(), self.device)
         for turn in self.turns:
             self.check(turn)
             if skipped := int(turn.skipped):
@@ -284,6 +284,15 @@ class Trainer:
             set_random_state(checkpoint.read(path, f"random-{rank():05d}"), self.device)
         if self.metrics is not None:
             self.metrics.cut(self.step)
+
+
+def over_processes(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Means over the processes of what each has measured on its part of the batch."""
+    if processes() == 1 or not values:
+        return values
+    joint = torch.tensor(list(values.values()), device=device)
+    dist.all_reduce(joint)
+    return dict(zip(values, (joint / processes()).tolist(), strict=True))
 
 
 @torch.no_grad()
