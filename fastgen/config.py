@@ -24,7 +24,7 @@ from fastgen.schema import Checked, Source, nearest, setting
 if TYPE_CHECKING:
     from fastgen.method import Method
 
-__all__ = ["DataConfig", "LoRAConfig", "RunConfig", "TrainConfig", "load", "starter"]
+__all__ = ["DataConfig", "LoRAConfig", "PlayerConfig", "RunConfig", "TrainConfig", "load", "starter"]
 
 ROLES = ("student", "fake_score")
 TOY = "toy"
@@ -68,7 +68,19 @@ class DataConfig(Checked):
                 )
 
 
-Schedule = Literal["constant", "linear", "cosine"]
+Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "muon"]
+
+
+@dataclass
+class PlayerConfig(Checked):
+    """What one player does otherwise than the run's common settings say; None: as they say."""
+
+    optimizer: Optimizer | None       = setting(None, "its optimiser")
+    lr: float | None                  = setting(None, "its learning rate, not scaled by the method", above=0, at_most=10)
+    weight_decay: float | None        = setting(None, "its weight decay", at_least=0)
+    betas: tuple[float, float] | None = setting(None, "its moment decays", at_least=0, below=1)
+    max_grad_norm: float | None       = setting(None, "its limit of the gradient's norm; 0: never clipped", at_least=0)
 
 
 @dataclass
@@ -79,13 +91,17 @@ class TrainConfig(Checked):
     batch: int                 = setting(16, "samples per update on each process", at_least=1)
     micro_batches: int         = setting(1, "parts a batch is computed in; more need less memory", at_least=1)
     gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass: less memory, more time")
-    lr: float                  = setting(1e-5, "learning rate of AdamW", above=0, at_most=10)
+    optimizer: Optimizer       = setting("adamw", '"muon": AdamW for all but matrices; "adamw8bit" needs bitsandbytes')
+    lr: float                  = setting(1e-5, "learning rate; Adafactor's is relative to a weight's size", above=0, at_most=10)
     weight_decay: float        = setting(0.0, "decoupled weight decay", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays", at_least=0, below=1)
     warmup: int                = setting(0, "updates over which the learning rate rises from 0", at_least=0)
     schedule: Schedule         = setting("constant", "course of the learning rate after the warmup, in every stage anew")
+    cooldown: float            = setting(0.2, "share of a stage, its last, in which wsd's rate falls to 0", above=0, at_most=1)
     max_grad_norm: float       = setting(1.0, "clip each player's gradient to this norm; 0: never", at_least=0)
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; weights stay fp32")
+    players: dict[str, PlayerConfig] = setting({}, "what single players do otherwise, such as {fake_score = {lr = 1e-6}}")
+    sharding: Literal["none", "fsdp"] = setting("none", '"fsdp": weights cut over the processes (FSDP2); less memory each')
     ema: float                 = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
     checkpoint_every: int      = setting(500, "updates between checkpoints; 0: only the last", at_least=0)
     keep_checkpoints: int      = setting(2, "newest checkpoints kept; 0: all", at_least=0)
@@ -93,6 +109,12 @@ class TrainConfig(Checked):
     sample_prompts: list[str]  = setting([], "prompts of the sample grids; empty: the first of the data's")
     log_every: int             = setting(10, "updates between lines of metrics.jsonl", at_least=1)
     threads: int               = setting(0, "CPU threads; 0: chosen for this machine", at_least=0, at_most=1024)
+
+    def of(self, player: str) -> TrainConfig:
+        """These settings with what `player` does otherwise laid over them."""
+        own = self.players.get(player)
+        changed = {} if own is None else {each.name: getattr(own, each.name) for each in fields(own)}
+        return replace(self, **{key: value for key, value in changed.items() if value is not None})
 
 
 @dataclass

@@ -300,7 +300,8 @@ def toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     if dataclasses.is_dataclass(value):
-        value = {name: getattr(value, name) for name in settings(type(value))}
+        parts = {name: (getattr(value, name), default(each)) for name, (each, _) in settings(type(value)).items()}
+        value = {name: part for name, (part, usual) in parts.items() if not (part is None and usual is None)}
     return "{ " + ", ".join(f"{toml_key(key)} = {toml(each)}" for key, each in value.items()) + " }" if value else "{}"
 
 

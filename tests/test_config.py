@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastgen
 from fastgen import config, schema
-from fastgen.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from fastgen.config import DataConfig, LoRAConfig, PlayerConfig, RunConfig, TrainConfig
 from fastgen.errors import UserError
 
 
@@ -111,11 +111,21 @@ def test_the_resolved_config_reads_back_to_the_same_run(tmp_path: Path) -> None:
     assert run.pipeline == 'a "b" \\ \x7f \n é 🎨'
 
 
+def test_settings_of_single_players(tmp_path: Path) -> None:
+    run = load(tmp_path, FILE + "[train.players.critic]\nlr = 1e-6\n", "train.players.critic.betas=[0, 0.9]")
+    assert run.train.players == {"critic": PlayerConfig(lr=1e-6, betas=(0.0, 0.9))}
+    assert "players = { critic = { lr = 1e-06, betas = [0.0, 0.9] } }" in run.to_toml()
+    assert load(tmp_path, run.to_toml()) == run
+    critic, student = run.train.of("critic"), run.train.of("student")
+    assert (critic.lr, critic.betas, critic.steps, critic.optimizer) == (1e-6, (0.0, 0.9), 20, "adamw")
+    assert student == run.train
+
+
 def test_the_starter_config_is_complete_and_loads(tmp_path: Path) -> None:
     text = config.starter("lcm")
     run = load(tmp_path, text)
     assert run == RunConfig(method_name="lcm", method=Consistency())
-    assert "# network calls" in text and "# learning rate of AdamW" in text
+    assert "# network calls" in text and "# learning rate;" in text
     assert "network =" not in text
 
 
@@ -142,6 +152,11 @@ WRONG = {
     ("train.betas=[0.9, 1.0]",):             ["train.betas must be below 1, not 1.0"],
     ('train.betas=[0.9, "x"]',):             ["train.betas.1 must be a number"],
     ("train.ema=1",):                        ["train.ema must be below 1"],
+    ("train.players.critic.lr=0",):          ["train.players.critic.lr must be above 0, not 0"],
+    ("train.players.critic.weigt_decay=1",): ["critic.weigt_decay is not an option of", "did you mean 'weight_decay'?"],
+    ("train.players.critic=1",):             ["train.players.critic must be a table, not 1"],
+    ("train.players=critic",):               ["train.players must be a table, each value a table, not 'critic'"],
+    ("train.optimizer=adamw-8bit",):          ["train.optimizer must be one of 'adamw'", "did you mean 'adamw8bit'?"],
     ("train=3",):                            ["train must be a table, not 3"],
     ("pipeline.x=3",):                       ["pipeline is a value in", "not a section"],
     ("method=lcm",):                         ["method must be a section with a name, not 'lcm'"],

@@ -24,29 +24,44 @@ from fastgen.config import TrainConfig
 from fastgen.data.source import Source
 from fastgen.errors import UserError
 from fastgen.method import Method, Player
-from fastgen.training import checkpoint
+from fastgen.training import checkpoint, optimizers
 from fastgen.training.ema import EMA
 from fastgen.training.grids import Grids
 from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank, wait
 from fastgen.training.metrics import Averages, MetricsFile
 from fastgen.training.progress import Reporter
 from fastgen.training.random_state import random_state, set_random_state
+from fastgen.training.schedules import pace
 
 __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
 SKIP_LIMIT = 20
 BUCKET = 2**26
+STAGE_PLAYERS = ("student", "critic", "fake_score")  # whom a later stage of a method may bring
 
 
 @dataclass
 class Turn:
-    """A player with its trainable weights and optimiser, and how many of its steps were skipped (in all, and in a row)."""
+    """A player with its trainable weights, optimiser and own settings, and how many of its steps were skipped (in all, and in
+    a row).
+    """
 
     player: Player
     weights: list[nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
+    options: TrainConfig
     skipped: Tensor
     in_a_row: Tensor
+
+    @property
+    def has_own_lr(self) -> bool:
+        own = self.options.players.get(self.player.name)
+        return own is not None and own.lr is not None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate before the schedule; one that is the player's own is not scaled."""
+        return self.options.lr * (1 if self.has_own_lr else self.player.lr_scale)
 
 
 class Trainer:
@@ -76,6 +91,7 @@ class Trainer:
         self.averages = Averages()
         self.metrics = MetricsFile(run_directory / "metrics.jsonl") if run_directory and rank() == 0 else None
         self.start_players()
+        check_players(options, method)
         self.share_weights()
         self.ema = self.start_ema()
 
@@ -89,12 +105,10 @@ class Trainer:
             weights = [weight for weight in player.weights.parameters() if weight.requires_grad]
             if not weights:
                 raise ValueError(f"player {player.name!r} has no trainable weights")
-            options = self.options
-            optimizer = torch.optim.AdamW(
-                weights, lr=options.lr * player.lr_scale, betas=options.betas, weight_decay=options.weight_decay, fused=True
-            )
-            device = weights[0].device
-            self.turns.append(Turn(player, weights, optimizer, torch.zeros((), device=device), torch.zeros((), device=device)))
+            options, device = self.options.of(player.name), weights[0].device
+            optimizer = optimizers.make_optimizer(weights, options, options.lr)
+            skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
+            self.turns.append(Turn(player, weights, optimizer, options, skipped, in_a_row))
 
     def start_ema(self) -> EMA | None:
         return EMA(self.method.trained, self.options.ema) if self.options.ema else None
@@ -168,21 +182,19 @@ class Trainer:
 
     def apply(self, turn: Turn) -> None:
         """Clip and step; a gradient that is not finite moves nothing and is counted, on the device, without waiting for it."""
-        options = self.options
+        options = turn.options
         grads = [weight.grad for weight in turn.weights if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).to(turn.skipped.device)
         if options.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(turn.weights, options.max_grad_norm, norm)
         bad = 1 - torch.isfinite(norm).float()
         for group in turn.optimizer.param_groups:
-            group["lr"] = options.lr * turn.player.lr_scale * self.pace(self.step)
-        # What torch's GradScaler sets: a fused optimiser leaves weights and moments alone where it is 1.
-        turn.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        turn.optimizer.step()
+            group["lr"] = turn.lr * self.pace(self.step)
+        optimizers.step(turn.optimizer, bad)
         turn.skipped += bad
         turn.in_a_row = (turn.in_a_row + 1) * bad
         self.averages.add(f"{turn.player.name}/gradient_norm", norm)
-        if self.device.type == "cpu" or (self.step + 1) % options.log_every == 0:
+        if self.device.type == "cpu" or (self.step + 1) % self.options.log_every == 0:
             self.check(turn)
 
     def check(self, turn: Turn) -> None:
@@ -190,18 +202,15 @@ class Trainer:
             saved = self.run_directory and checkpoint.latest_good(self.run_directory)
             raise UserError(
                 f"the gradient of player '{turn.player.name}' was not finite {int(turn.in_a_row)} times in a row, up to update "
-                f"{self.step + 1}: train.lr = {self.options.lr:g} is too high or an input is not a number; "
+                f"{self.step + 1}: train.lr = {turn.options.lr:g} is too high or an input is not a number; "
                 + (f"the last checkpoint is {saved}" if saved else "nothing was saved")
             )
 
     def pace(self, step: int) -> float:
         """What the learning rates are multiplied by in update `step`: a rise, then a fall over the method's present stage."""
-        warmup, done = self.options.warmup, step - self.started
-        rise = min(1.0, (done + 1) / warmup) if warmup else 1.0
-        if self.options.schedule == "constant":
-            return rise
-        share = done / (self.method.stage_end(step, self.total) - self.started)
-        return rise * (1 - share if self.options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share)))
+        options, done = self.options, step - self.started
+        length = self.method.stage_end(step, self.total) - self.started
+        return pace(options.schedule, done, length, warmup=options.warmup, cooldown=options.cooldown)
 
     def log(self) -> dict[str, float]:
         """The means since the last line, written to the metrics and to the trackers."""
@@ -211,6 +220,7 @@ class Trainer:
             if skipped := int(turn.skipped):
                 values[f"{turn.player.name}/skipped"] = skipped
         values["lr"] = self.options.lr * self.pace(self.step - 1)
+        values |= {f"{turn.player.name}/lr": turn.lr * self.pace(self.step - 1) for turn in self.turns if turn.has_own_lr}
         if self.metrics is not None:
             self.metrics.write(self.step, {**values, "time": round(time.time(), 2)})
         self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=self.step)
@@ -293,6 +303,16 @@ def over_processes(values: dict[str, float], device: torch.device) -> dict[str, 
     joint = torch.tensor(list(values.values()), device=device)
     dist.all_reduce(joint)
     return dict(zip(values, (joint / processes()).tolist(), strict=True))
+
+
+def check_players(options: TrainConfig, method: Method) -> None:
+    """Raise UserError for settings of a player that the method has not."""
+    names = [player.name for player in method.players()]
+    later = STAGE_PLAYERS if method.stage_end(0, options.steps) < options.steps else ()
+    for name in options.players:
+        if name not in (*names, *later):
+            known = " and ".join(repr(each) for each in names)
+            raise UserError(f"train.players.{name}: there is no such player; this run has {known}")
 
 
 @torch.no_grad()

@@ -1,0 +1,267 @@
+"""Optimisers and schedules: what they do, that a bad gradient moves nothing, and that a resumed run goes on bit by bit."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen.config import PlayerConfig, TrainConfig
+from fastgen.errors import UserError
+from fastgen.training import optimizers
+from fastgen.training.loop import Trainer
+from fastgen.training.optimizers import MuonWithAdamW, make_optimizer, step
+from fastgen.training.schedules import pace
+from tests.training_fakes import Duel, FakePipeline, fake_source, same, weights
+
+OPTIONS = TrainConfig(steps=6, batch=4, lr=1e-2, log_every=1, checkpoint_every=0)
+NAMES = ["adamw", "adamw8bit", "adafactor", "muon"]
+NONE, ALL = torch.tensor(0.0), torch.tensor(1.0)
+
+
+def trainer(method: Duel | None = None, options: TrainConfig = OPTIONS, **more: Any) -> Trainer:
+    torch.manual_seed(0)
+    method, pipeline = method or Duel(), FakePipeline()
+    method.setup(pipeline)
+    return Trainer(method, fake_source(pipeline), options, device="cpu", **more)
+
+
+def some_weights() -> list[nn.Parameter]:
+    """A matrix large enough for moments of 8 bits, a convolution and a bias."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(72, 72), nn.Conv2d(2, 3, 3, bias=False))
+    return list(network.parameters())
+
+
+def draw_gradients(some: Sequence[nn.Parameter], seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in some:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+def copies(some: Sequence[Tensor]) -> list[Tensor]:
+    return [each.detach().clone() for each in some]
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    """Every tensor in an optimiser's state_dict, in order."""
+    if isinstance(state, Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+# -- optimisers -----------------------------------------------------------------------------------
+
+
+def test_the_default_is_torchs_fused_adamw() -> None:
+    ours, theirs = some_weights(), some_weights()
+    one = make_optimizer(ours, TrainConfig(weight_decay=0.1), 1e-2)
+    other = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999), fused=True)
+    for seed in range(4):
+        draw_gradients(ours, seed)
+        draw_gradients(theirs, seed)
+        step(one, NONE)
+        other.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_gradient_moves_neither_weights_nor_moments(name: str) -> None:
+    some = some_weights()
+    optimizer = make_optimizer(some, replace(OPTIONS, optimizer=name, weight_decay=0.1), 1e-2)
+    draw_gradients(some)
+    start = copies(some)
+    step(optimizer, NONE)
+    assert not any(torch.equal(a, b) for a, b in zip(start, some, strict=True)), "a good one moves everything"
+    before, moments = copies(some), copies(tensors_of(optimizer.state_dict()["state"]))
+    some[0].grad = torch.full_like(some[0], torch.nan)
+    step(optimizer, ALL)
+    assert all(torch.equal(a, b) for a, b in zip(before, some, strict=True))
+    after = tensors_of(optimizer.state_dict()["state"])
+    assert len(moments) >= 5 and all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    ours, theirs = some_weights(), some_weights()
+    optimizer = make_optimizer(ours, replace(OPTIONS, optimizer="muon", weight_decay=0.1), 1e-2)
+    muon = torch.optim.Muon(theirs[:1], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[1:], lr=1e-2, weight_decay=0.1, fused=True)
+    for seed in range(3):
+        for group in (*optimizer.param_groups, *muon.param_groups, *adamw.param_groups):
+            group["lr"] = 0.01 / (seed + 1)  # what the trainer sets reaches both
+        draw_gradients(ours, seed)
+        draw_gradients(theirs, seed)
+        step(optimizer, NONE)
+        muon.step()
+        adamw.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [set(entry) for entry in optimizer.state_dict()["state"].values()] == [
+        {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}, {"step", "exp_avg", "exp_avg_sq"},
+    ]  # fmt: skip
+
+
+def test_muons_update_has_the_size_of_adamws() -> None:
+    """0.2 a number (arXiv:2502.16982, eq. 4), up to Newton-Schulz's singular values between 0.7 and 1.2."""
+    some = some_weights()
+    before = copies(some)[0]
+    optimizer = make_optimizer(some, replace(OPTIONS, optimizer="muon"), 1e-2)
+    draw_gradients(some)
+    step(optimizer, NONE)
+    assert float((some[0].detach() - before).square().mean().sqrt()) == pytest.approx(0.2 * 1e-2, rel=0.25)
+
+
+def test_muon_without_matrices_is_adamw_and_with_nothing_else_is_muon_alone() -> None:
+    options = replace(OPTIONS, optimizer="muon")
+    assert type(make_optimizer([nn.Parameter(torch.ones(3))], options, 1e-2)) is torch.optim.AdamW
+    alone = make_optimizer([nn.Parameter(torch.ones(3, 2))], options, 1e-2)
+    assert isinstance(alone, MuonWithAdamW) and len(alone.param_groups) == 1
+
+
+def test_eight_bits_are_eight_bits_and_near_to_adamw() -> None:
+    ours, theirs = some_weights(), some_weights()
+    optimizer = make_optimizer(ours, replace(OPTIONS, optimizer="adamw8bit"), 1e-2)
+    exact = make_optimizer(theirs, OPTIONS, 1e-2)
+    start = copies(ours)
+    for seed in range(5):
+        for some, each in ((ours, optimizer), (theirs, exact)):
+            draw_gradients(some, seed)
+            step(each, NONE)
+    kinds = {name: tensor.dtype for name, tensor in optimizer.state[ours[0]].items() if isinstance(tensor, Tensor)}
+    assert kinds["state1"] == kinds["state2"] == torch.uint8
+    assert optimizer.state[ours[1]]["state1"].dtype == torch.float32, "small weights keep whole moments"
+    moved, apart = (theirs[0] - start[0]).norm(), (ours[0] - theirs[0]).norm()
+    assert 0 < apart < 0.1 * moved
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r'train\.optimizer = "adamw8bit" needs bitsandbytes; pip install'):
+        make_optimizer(some_weights(), replace(OPTIONS, optimizer="adamw8bit"), 1e-2)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r'"muon" needs torch 2\.9'):
+        make_optimizer(some_weights(), replace(OPTIONS, optimizer="muon"), 1e-2)
+
+
+def test_a_bitsandbytes_that_needs_a_gpu_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    def fails(self: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(AdamW8bit, "step", fails)
+    with pytest.raises(UserError, match="does not work on a CPU"):
+        make_optimizer(some_weights(), replace(OPTIONS, optimizer="adamw8bit"), 1e-2)
+
+
+# -- in the trainer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_goes_on_bit_by_bit(name: str, tmp_path: Path) -> None:
+    options = replace(OPTIONS, optimizer=name, steps=8, ema=0.9, warmup=3, schedule="wsd", weight_decay=0.01)
+    straight = trainer(Duel(poison=(2,)), options, run_directory=tmp_path)
+    for _ in range(4):
+        straight.update()
+    path = straight.save()
+    assert path is not None
+    back = trainer(Duel(poison=(2,)), options)
+    back.load(path)
+    for loop in (straight, back):
+        back_to = torch.get_rng_state()
+        for _ in range(4):
+            loop.update()
+        torch.set_rng_state(back_to)
+    for one, other in zip(straight.turns, back.turns, strict=True):
+        assert same(weights(one.player.weights), weights(other.player.weights))
+        moments = [tensors_of(turn.optimizer.state_dict()["state"]) for turn in (one, other)]
+        assert len(moments[0]) >= 3 and all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+        assert int(one.skipped) == int(other.skipped) == (one.player.name == "student")
+    assert straight.ema is not None and back.ema is not None and same(straight.ema.average, back.ema.average)
+
+
+def test_one_player_may_have_settings_of_its_own() -> None:
+    own = PlayerConfig(optimizer="adafactor", lr=1e-3, weight_decay=0.5, max_grad_norm=0.25)
+    loop = trainer(Duel(critic_lr_scale=3.0), replace(OPTIONS, warmup=2, players={"critic": own}))
+    student, critic = loop.turns
+    assert isinstance(student.optimizer, torch.optim.AdamW) and isinstance(critic.optimizer, torch.optim.Adafactor)
+    assert critic.optimizer.param_groups[0]["weight_decay"] == 0.5
+    loop.update()
+    assert [turn.optimizer.param_groups[0]["lr"] for turn in loop.turns] == [0.5e-2, 0.5e-3], "its rate is not scaled"
+    assert loop.log()["critic/lr"] == 0.5e-3
+    for turn, limit in ((student, 1.0), (critic, 0.25)):
+        for weight in turn.weights:
+            weight.grad = torch.full_like(weight, 3.0)
+        loop.apply(turn)
+        norm = torch.cat([w.grad.flatten() for w in turn.weights if w.grad is not None]).norm()
+        assert float(norm) == pytest.approx(limit, rel=1e-3)
+
+
+def test_a_rate_that_is_common_is_scaled_by_the_method() -> None:
+    loop = trainer(Duel(critic_lr_scale=3.0), replace(OPTIONS, players={"critic": PlayerConfig(betas=(0.0, 0.9))}))
+    loop.update()
+    assert loop.turns[1].optimizer.param_groups[0]["lr"] == 3e-2
+    assert loop.turns[1].optimizer.param_groups[0]["betas"] == (0.0, 0.9)
+
+
+def test_a_player_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError) as raised:
+        trainer(options=replace(OPTIONS, players={"critc": PlayerConfig(lr=1e-3)}))
+    assert str(raised.value) == ("train.players.critc: there is no such player; this run has 'student' and 'critic'")
+    later = trainer(Duel(restart_at=3), replace(OPTIONS, players={"fake_score": PlayerConfig(lr=1e-3)}))
+    assert len(later.turns) == 2, "a later stage may bring it"
+
+
+def test_the_bad_step_is_decided_without_waiting_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: bool(waited.append(self)) or self.item() != 0)
+    some = some_weights()
+    for name, times in (("adamw", 0), ("muon", 1)):
+        waited.clear()
+        optimizer = make_optimizer(some, replace(OPTIONS, optimizer=name), 1e-2)
+        flag = torch.tensor(1.0)
+        draw_gradients(some)
+        optimizers.step(optimizer, flag)
+        assert sum(each is flag for each in waited) == times
+
+
+# -- schedules ------------------------------------------------------------------------------------
+
+HALF = math.sqrt(0.5)
+BY_HAND: dict[tuple[str, int], list[float]] = {  # (schedule, warm-up) -> the factor in each of ten updates
+    ("constant", 0):     [1] * 10,
+    ("constant", 4):     [0.25, 0.5, 0.75] + [1] * 7,
+    ("linear", 0):       [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+    ("linear", 2):       [0.5, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+    ("cosine", 0):       [0.5 + 0.5 * math.cos(math.pi * n / 10) for n in range(10)],
+    ("wsd", 2):          [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
+    ("inverse-sqrt", 3): [1 / 3, 2 / 3, 1, math.sqrt(3 / 4), math.sqrt(3 / 5), HALF, *(math.sqrt(3 / n) for n in range(7, 11))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "factors"), BY_HAND.items(), ids=str)
+def test_the_course_of_the_learning_rate_by_hand(case: tuple[Any, int], factors: list[float]) -> None:
+    schedule, warmup = case
+    assert [pace(schedule, n, 10, warmup=warmup, cooldown=0.4) for n in range(10)] == pytest.approx(factors, abs=1e-12)
+
+
+def test_inverse_sqrt_without_a_warmup_falls_late() -> None:
+    assert pace("inverse-sqrt", 9_999, 50_000) == 1 and pace("inverse-sqrt", 39_999, 50_000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_the_trainer_starts_every_stage_anew(schedule: Any) -> None:
+    loop = trainer(Duel(restart_at=4), replace(OPTIONS, schedule=schedule, cooldown=0.5, steps=9))
+    rates = []
+    for _ in range(9):
+        loop.update()
+        rates.append(loop.turns[0].optimizer.param_groups[0]["lr"])
+    course: Callable[[int, int], float] = lambda n, length: 1e-2 * pace(schedule, n, length, cooldown=0.5)  # noqa: E731
+    assert rates == pytest.approx([course(n, 4) for n in range(4)] + [course(n, 5) for n in range(5)])
