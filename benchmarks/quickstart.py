@@ -32,7 +32,7 @@ COLUMNS = {
 def run_seed(seed: int, output: Path) -> dict[str, Any]:
     """One quickstart in a process of its own; a finished one in `output` is read back."""
     if not (output / "quickstart.json").exists():
-        command = [sys.executable, "-m", "fastgen.cli", "quickstart", "--seed", str(seed), "--output", str(output)]
+        command = [sys.executable, "-m", "fastgen", "quickstart", "--seed", str(seed), "--output", str(output)]
         subprocess.run(command, check=True, cwd=ROOT)
     result: dict[str, Any] = json.loads((output / "quickstart.json").read_text())
     return {"seed": seed, **{key: result[key] for key in ("seconds", "checks", "rows")}}

@@ -54,7 +54,7 @@ TORCH_ALONE = {
     "families",
     "methods",
 }
-LEAVES = {"cli", "plan", "quickstart"}  # see everything; nothing sees them
+LEAVES = {"__main__", "cli", "plan", "quickstart"}  # see everything; nothing sees them
 
 
 def imports(source: str) -> Iterator[str]:

@@ -109,7 +109,7 @@ def test_no_network(root: Path, tmp_path: Path) -> None:
         "cpu",
     ]
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "fastgen.cli", *argv]
+    command = [sys.executable, "-m", "fastgen", *argv]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **away}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert "pipeline 'nobody/none' is not a local folder and cannot be loaded from the hub" in done.stderr

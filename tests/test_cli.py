@@ -270,7 +270,7 @@ def test_exit_status(
 
 def test_a_signal_stops_a_run_with_a_checkpoint(config: Path, tmp_path: Path) -> None:
     argv = ["distill", str(config), "train.steps=1000000", "train.log_every=1", "--output", str(tmp_path / "run"), "--quiet"]
-    process = subprocess.Popen([sys.executable, "-m", "fastgen.cli", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "fastgen", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         while process.poll() is None and not lines(tmp_path / "run" / "metrics.jsonl"):
             time.sleep(0.1)
@@ -288,6 +288,6 @@ def lines(path: Path) -> int:
 
 
 def test_a_closed_pipe_is_nobodys_fault() -> None:
-    script = f"{sys.executable} -m fastgen.cli methods --help | true; exit ${{PIPESTATUS[0]}}"
+    script = f"{sys.executable} -m fastgen methods --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""

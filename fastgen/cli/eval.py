@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli.options import add_common, checked_device, emit, say, seed
-from fastgen.cli.targets import add_run_options, call_with, export_run, is_run, open_run, plain_folder
+from fastgen.cli.targets import add_run_options, call_with, export_run, is_run, open_run, plain_folder, toy_guidance
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
     from fastgen.eval import Evaluation, World
-
-TOY_GUIDANCE = 3.0
-"""The scale at which the shipped teacher is best; its pipeline's own, diffusers' 7.5, burns its colours."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +84,6 @@ def world(args: argparse.Namespace) -> World:
     chosen = TOY if args.prompts is None else PHOTO
     named = {name: value for name in ("features", "clip", "weights") if (value := getattr(args, name)) is not None}
     return replace(chosen, offline=args.offline, **named)
-
-
-def toy_guidance(folder: str, guidance: float | None) -> float | None:
-    """The guidance scale asked for, or for the shipped teacher the one that it is good at; None: the pipeline's own."""
-    if guidance is None and Path(folder).resolve() == Path(plain_folder("toy")).resolve():
-        return TOY_GUIDANCE
-    return guidance
 
 
 def run(args: argparse.Namespace) -> int:

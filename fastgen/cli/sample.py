@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgen.cli.options import add_common, checked_device, emit, say, seed, writable
-from fastgen.cli.targets import add_run_options, call_with, chosen_sampler, is_export, is_run, open_run, plain_folder
+from fastgen.cli.targets import (
+    add_run_options,
+    call_with,
+    chosen_sampler,
+    is_export,
+    is_run,
+    open_run,
+    plain_folder,
+    toy_guidance,
+)
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +118,7 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
     from fastgen.pipelines import load_pipeline
 
     where = plain_folder(args.target)
-    call = call_with(where, args.steps, args.guidance, force=args.force)
+    call = call_with(where, args.steps, toy_guidance(where, args.guidance), force=args.force)
     steered: AbstractContextManager[None] = nullcontext()
     if is_export(where) and args.negative_prompt is None:
         from fastgen.eval.generate import load_pipeline as load_plain

@@ -1,7 +1,7 @@
 """`fastgen sweep`: step-quality curves of teacher and students on the same prompts and seeds.
 
 Into the same folder again, it goes on where it stopped and adds what is new. Several processes share the drawing:
-`accelerate launch --num_processes 8 -m fastgen.cli sweep ...`.
+`accelerate launch --num_processes 8 -m fastgen sweep ...`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.cli.eval import add_protocol, names, protocol, toy_guidance
+from fastgen.cli.eval import add_protocol, names, protocol
 from fastgen.cli.options import add_common, emit, say, writable
-from fastgen.cli.targets import add_run_options, export_run, is_export, is_run, open_run, plain_folder, steps_list
+from fastgen.cli.targets import add_run_options, export_run, is_export, is_run, open_run, plain_folder, steps_list, toy_guidance
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:

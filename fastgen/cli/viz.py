@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen.cli.eval import toy_guidance
 from fastgen.cli.options import add_common, checked_device, emit, say, seed, writable
-from fastgen.cli.targets import add_run_options, chosen_sampler, is_export, is_run, open_run, plain_folder
+from fastgen.cli.targets import add_run_options, chosen_sampler, is_export, is_run, open_run, plain_folder, toy_guidance
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
