@@ -25,7 +25,7 @@ from fastgen.plan.advice import advise
 from fastgen.plan.estimate import Blank, estimate
 from fastgen.plan.folding import fold
 from fastgen.plan.ledger import Hollow, Ledger, empty
-from fastgen.plan.record import Plan
+from fastgen.plan.record import Plan, Row, Turn
 from fastgen.training.loop import Trainer
 from fastgen.training.run import open_pipeline
 from tests import tiny_models as tiny
@@ -233,6 +233,30 @@ def test_advice_is_checked_by_planning_again(folder: Path, monkeypatch: pytest.M
     nothing = advise(config, plan, 1000)
     assert len(planned) == 2
     assert not nothing.fits and nothing.peak < plan.peak and "the least found" in nothing.in_words()
+
+
+def test_no_micro_batch_is_planned_in_vain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn takes 400 bytes whatever the micro-batch, and 10 for each of its samples."""
+    planned: list[int] = []
+
+    def known(config: RunConfig, **options: object) -> Plan:
+        size = config.train.batch // config.train.micro_batches
+        planned.append(size)
+        turn = Turn("student", saved=10 * size, peak=1000 + 400 + 10 * size, gradients=0, spare=0, block=0)
+        sizes = {"preparing": 500, "held": 1000, "samples": 1000, "block": 1, "per_rank": 1, "reducible": 0, "shardable": 0}
+        words = {"pipeline": "p", "network": "n", "method": "m", "precision": "bf16", "latent_shape": (4, 8, 8)}
+        rows = (Row("student", 10, 10, 40),)
+        counts = {"batch": config.train.batch, "micro_batch": size, "update": 0, "looked_at": 1}
+        return Plan(rows=rows, turns=(turn,), **counts, **sizes, **words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(advice, "estimate", known)
+    config = run_of(folder, "lcm", batch=64, gradient_checkpointing=True, precision="bf16")
+    plan = known(config)
+    assert plan.peak == 2040
+    fitting = advise(config, plan, 1425)
+    # Were all of it proportional, 16 would do, then 8, then 4; from 64 and 16 it is known that it takes 2.
+    assert fitting.fits and fitting.changes == ("train.micro_batches=32",) and fitting.peak == 1420
+    assert planned == [64, 16, 2]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,9 +49,11 @@ def advise(config: RunConfig, plan: Plan, memory: int, *, offline: bool = False,
     """The changes that bring the run of `plan` under `memory` bytes, those that cost nothing in quality first.
 
     The run is planned anew once the changes seem to be enough or there are no more of them; where they are not enough after
-    all, the search goes on from that plan.
+    all, the search goes on from that plan. Of two plans that differ by the micro-batch alone it learns what does not shrink
+    with it, so that no further size is planned in vain.
     """
     known, base, peak, changes = plan, config, plan.peak, list[str]()
+    fixed: dict[str, float] = {}
     for override, changed in candidates(config):
         if peak <= memory:
             break
@@ -59,14 +61,16 @@ def advise(config: RunConfig, plan: Plan, memory: int, *, offline: bool = False,
             attempt = changed(copy.deepcopy(config))
         except UserError:  # What this change asks for was not worth changing.
             continue
-        expected = scaled(known, base, attempt)
+        expected = scaled(known, base, attempt, fixed)
         if expected >= WORTH * peak:
             continue
         config, peak = attempt, expected
         changes = [each for each in changes if each.partition("=")[0] != override.partition("=")[0]] + [override]
         if peak <= memory:
-            known, base = estimate(config, offline=offline, device=device), config
-            peak = known.peak
+            before, known = known, estimate(config, offline=offline, device=device)
+            if with_parts(config.train.micro_batches)(base) == config:
+                fixed = unshrinking(before, known)
+            base, peak = config, known.peak
     if base is not config:
         peak = estimate(config, offline=offline, device=device).peak
     return Advice(memory, tuple(changes), peak, peak <= memory)
@@ -114,8 +118,11 @@ def with_rank(rank: int) -> Change:
 # -- scaling --------------------------------------------------------------------------------------
 
 
-def scaled(plan: Plan, was: RunConfig, now: RunConfig) -> int:
-    """About what the peak of the run `was`, which `plan` is of, becomes in the run `now`, from the plan's parts alone."""
+def scaled(plan: Plan, was: RunConfig, now: RunConfig, fixed: Mapping[str, float] | None = None) -> int:
+    """About what the peak of the run `was`, which `plan` is of, becomes in the run `now`, from the plan's parts alone.
+
+    `fixed` are the bytes of each player's turn that do not shrink with the micro-batch, as far as they are known.
+    """
     held = plan.held + base_weights(plan, now) - base_weights(plan, was)
     grown = {row.name: grown_role(plan, row.name, was, now) for row in plan.rows if row.optimizer}
     held += sum(after.kept - row.kept for row in plan.rows if (after := grown.get(row.name)) is not None)
@@ -126,14 +133,29 @@ def scaled(plan: Plan, was: RunConfig, now: RunConfig) -> int:
         held -= sum(row.weights for row in frozen if "freed" not in row.name)
         encoders = sum(row.weights for row in frozen if "freed" in row.name)
     fewer = (was.train.micro_batches * now.train.batch) / (now.train.micro_batches * was.train.batch)
-    shrunk = fewer * (HALVED if now.train.precision != was.train.precision else 1)
-    peaks = [held + moved(turn, plan, grown, was, now, shrunk) for turn in plan.turns]
+    half = HALVED if now.train.precision != was.train.precision else 1.0
+    peaks = [held + moved(turn, plan, grown, was, now, fewer, half * (fixed or {}).get(turn.player, 0)) for turn in plan.turns]
     preparing = plan.preparing + held - plan.held - encoders
-    return round(max(*peaks, preparing, held + (plan.samples - plan.held) * shrunk))
+    return round(max(*peaks, preparing, held + (plan.samples - plan.held) * fewer * half))
 
 
-def moved(turn: Turn, plan: Plan, grown: dict[str, Any], was: RunConfig, now: RunConfig, shrunk: float) -> float:
-    """What one player's move adds to what is held."""
+def unshrinking(one: Plan, other: Plan) -> dict[str, float]:
+    """What of each player's turn is there at any micro-batch, in bytes, from the plans of two sizes of it.
+
+    Nothing is known where the plans are of different updates, since those may be of different stages.
+    """
+    found: dict[str, float] = {}
+    if one.update != other.update:
+        return found
+    for a, b in zip(one.turns, other.turns, strict=True):
+        most, least = (turn.peak - plan.held - turn.gradients for turn, plan in ((a, one), (b, other)))
+        slope = (most - least) / (one.micro_batch - other.micro_batch)
+        found[a.player] = min(max(0.0, least - slope * other.micro_batch), most, least)
+    return found
+
+
+def moved(turn: Turn, plan: Plan, grown: dict[str, Any], was: RunConfig, now: RunConfig, fewer: float, fixed: float) -> float:
+    """What one player's move adds to what is held; all but `fixed` bytes of its activations become `fewer` times as many."""
     before = {row.name: row for row in plan.rows}
     mine = [name for name in grown if name == turn.player] or list(grown)
     gradients = turn.gradients + sum(grown[name].gradients - before[name].gradients for name in mine if name == turn.player)
@@ -142,7 +164,9 @@ def moved(turn: Turn, plan: Plan, grown: dict[str, Any], was: RunConfig, now: Ru
     saved = turn.saved - turn.spare + turn.block if again else turn.saved
     # Autocast keeps a bf16 copy of every trained weight that it meets.
     copies = sum(grown[name].weights / 2 for name in mine) if now.train.precision != was.train.precision else 0
-    return float(gradients + (saved + rest) * shrunk + copies)
+    half = HALVED if now.train.precision != was.train.precision else 1.0
+    activations = half * (saved + rest)
+    return float(gradients + min(activations, fixed) + max(0.0, activations - fixed) * fewer + copies)
 
 
 def grown_role(plan: Plan, name: str, was: RunConfig, now: RunConfig) -> Any:
