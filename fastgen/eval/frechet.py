@@ -32,7 +32,7 @@ from torch import Tensor
 from fastgen.eval.moments import BLOCK
 from fastgen.eval.ratios import clustered_error
 
-BIAS_ROWS = 2000
+BIAS_ROWS = 1000
 """Rows that the bias is estimated from: it is a mean over pairs of features, and more would hardly change it."""
 POINTS, SMALLEST = 15, 5000
 """FID-infinity (Chong and Forsyth 2020): how many set sizes, and the smallest where twice as many images are there."""
