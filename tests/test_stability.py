@@ -18,6 +18,8 @@ from fastgen.config import TrainConfig
 from fastgen.data.source import Source
 from fastgen.denoiser import Condition
 from fastgen.method import Batch, Loss
+from fastgen.methods.add import ADD
+from fastgen.methods.ladd import LADD
 from fastgen.process import Kind
 from fastgen.training.loop import Trainer, Turn
 from tests.method_fakes import PROCESSES, FakePipeline, learn_teacher
@@ -59,8 +61,8 @@ def world(process: str, kind: Kind) -> tuple[dict[str, Tensor], Condition, Tenso
     )
 
 
-def trained(name: str, process: str, kind: Kind, precision: Any) -> Strict:
-    """A run that is over, by the options and rates of the method's toy recipe; all players move in every update."""
+def prepared(name: str, process: str, kind: Kind, precision: Any) -> Strict:
+    """A run by the options and rates of the method's toy recipe; all players move in every update."""
     weights, condition, latents, pairs = world(process, kind)
     pipeline = FakePipeline(PROCESSES[process], SHAPE, kind, default_guidance=3.0)
     pipeline.base.load_state_dict(weights)
@@ -73,9 +75,7 @@ def trained(name: str, process: str, kind: Kind, precision: Any) -> Strict:
     method.setup(pipeline)
     data = Source(condition, SHAPE, latents, pairs=pairs, prompts=[str(i % 2) for i in range(SAMPLES)])
     changes: dict[str, Any] = {"steps": UPDATES, "batch": BATCH, "micro_batches": 1, "precision": precision}
-    trainer = Strict(method, data, replace(recipe.train, checkpoint_every=0, **changes), device="cpu")
-    trainer.fit()
-    return trainer
+    return Strict(method, data, replace(recipe.train, checkpoint_every=0, **changes), device="cpu")
 
 
 OURS = [name for name in methods.names() if methods.find(name).__module__.startswith("fastgen.methods.")]
@@ -85,7 +85,8 @@ OURS = [name for name in methods.names() if methods.find(name).__module__.starts
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(("process", "kind", "precision"), RUNS, ids=["-".join(each) for each in RUNS])
 def test_two_thousand_updates(name: str, process: str, kind: Kind, precision: str) -> None:
-    trainer = trained(name, process, kind, precision)
+    trainer = prepared(name, process, kind, precision)
+    trainer.fit()
     assert trainer.step == UPDATES and trainer.ema is not None
     assert all(weight.isfinite().all() for weight in trainer.ema.tensors().values())
     with torch.no_grad(), trainer.ema.applied(trainer.method.trained), trainer.accelerator.autocast():
@@ -118,6 +119,31 @@ class Endless(Duel):
 def test_a_gradient_that_is_no_number_is_noticed() -> None:
     with pytest.raises(AssertionError, match="student/gradient_norm is nan in update 0"):
         linear(Endless(), 2).fit()
+
+
+# -- regularisers of adversaries ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["add", "ladd", "lightning"])
+def test_discriminators_are_held_by_r1(name: str) -> None:
+    """In the recipes that are run here, the penalty is among what the discriminator minimises, and its heads feel it."""
+    trainer = prepared(name, "flow", "flow", "fp32")
+    trainer.method.advance(UPDATES - 1, UPDATES)
+    critic = next(player for player in trainer.method.players() if player.name == "critic")
+    penalty = critic.loss(trainer.data.batch(BATCH))["r1"]
+    weights = [weight for weight in critic.weights.parameters() if weight.requires_grad]
+    gradients = [g for g in torch.autograd.grad(penalty, weights, allow_unused=True) if g is not None]
+    assert penalty > 0 and all(g.isfinite().all() for g in gradients) and any(g.abs().sum() > 0 for g in gradients)
+
+
+def test_no_recipe_gives_up_the_regulariser_of_its_paper() -> None:
+    """ADD takes R1 with weight 1e-5 (section 3.2); a LADD whose real and fake samples share their noise overfits without."""
+    assert ADD().r1_weight == 1e-5
+    recipes = [path for path in RECIPES.parent.rglob("*.toml") if not path.name.startswith("teacher")]
+    found = [method for path in recipes if isinstance(method := config.load(path).method, ADD | LADD)]
+    assert len(found) > 3
+    for method in found:
+        assert method.r1_weight > 0 or (isinstance(method, LADD) and not method.shared_noise)
 
 
 # -- where numbers end ----------------------------------------------------------------------------
