@@ -17,7 +17,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torchvision.transforms.functional import center_crop
 
 from fastgen.errors import UserError
-from fastgen.eval import PHOTO, TOY, World
+from fastgen.eval import World
 from fastgen.eval.features import Extraction, embed, shown_label
 from fastgen.eval.frechet import FrechetTo, extrapolate, factor, frechet_distance, set_sizes, standard_error
 from fastgen.eval.images import Centres
@@ -30,6 +30,7 @@ from fastgen.eval.measures.patch import patch_fd
 from fastgen.eval.measures.teacher_frechet import fd_teacher
 from fastgen.eval.moments import BLOCK, Moments, merged
 from fastgen.eval.registry import Evidence
+from fastgen.eval.world import INCEPTION, TOY_FEATURES
 
 PIXELS = World("photo", "test-pixels", "fastgen-toy")
 """A world whose features are the means of a picture's quarters, channel by channel."""
@@ -320,6 +321,6 @@ def test_distance_to_the_teachers_own_images():
 
 
 def test_only_inceptions_distances_are_called_fid():
-    assert shown_label("Fréchet distance, endless images", PHOTO) == "FID, endless images"
-    assert shown_label("Kernel distance x 1000", PHOTO) == "KID x 1000"
-    assert shown_label("Fréchet distance", TOY) == "Fréchet distance"
+    assert shown_label("Fréchet distance, endless images", INCEPTION) == "FID, endless images"
+    assert shown_label("Kernel distance x 1000", INCEPTION) == "KID x 1000"
+    assert shown_label("Fréchet distance", TOY_FEATURES) == "Fréchet distance"

@@ -28,6 +28,7 @@ from fastgen.eval.evaluation import real_images
 from fastgen.eval.figure import DARK, LIGHT, example_rows, panel_svg, write_figure
 from fastgen.eval.generate import generate
 from fastgen.eval.images import write_images
+from fastgen.eval.paste import latex
 from fastgen.eval.report import html, write_report
 from fastgen.eval.results import REAL, Results, Row, load_results
 from fastgen.eval.sweep import Candidate, Setting, student, sweep, teacher
@@ -383,3 +384,11 @@ def test_guidance_scales_are_curves_of_their_own() -> None:
     made = curves([*made_up({"student 4": (4, 6)}), *rows])
     assert [curve.label for curve in made] == ["teacher, guidance 3", "teacher, guidance 1", "student"]
     assert [[row.steps for row in curve.rows] for curve in made] == [[2, 4, 50], [2, 4], [4]]
+
+
+def test_distances_are_called_fid_where_inception_measured_them() -> None:
+    rows = made_up({"teacher 4": (8, 9.0), "student 2": (2, 7.0)})
+    assert "Fréchet distance ↓" in table(rows) and "FID" not in table(rows)
+    for row in rows:
+        row.features = "inception-v3-compat"
+    assert "| FID ↓ |" in table(rows) and "FID" in latex(rows) and "Fréchet" not in table(rows)

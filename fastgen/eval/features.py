@@ -281,8 +281,8 @@ def features_protocol(world: World) -> dict[str, Any]:
     }
 
 
-def shown_label(label: str, world: World) -> str:
-    """The label of a distance as readers know it: with Inception's features FID and KID, with others what it is."""
-    if world.features != INCEPTION:
+def shown_label(label: str, features: str) -> str:
+    """The label of a distance by an extractor as readers know it: with Inception's features FID and KID, else what it is."""
+    if features != INCEPTION:
         return label
     return label.replace("Fréchet distance", "FID").replace("Kernel distance", "KID")

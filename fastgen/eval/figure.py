@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.eval.results import Results, Row
-from fastgen.eval.table import Cost, Series, curves, floor, front, number, reading
+from fastgen.eval.table import Cost, Series, curves, floor, front, number, reading, title
 
 LEGEND = "In the markers: steps. Ringed: nothing cheaper is better (the Pareto front). Bars: 95 % intervals."
 Points: TypeAlias = list[tuple[float, float]]
@@ -81,6 +81,7 @@ def draw_panel(axes: Any, rows: Sequence[Row], cost: Cost, key: str, theme: Them
     made = [curve for curve in curves(rows) if any(key in row.scores for row in curve.rows)]
     colours, best, real = theme.colours(curves(rows)), front(rows, cost, key), floor(rows)
     _style(axes, cost, key, theme)
+    axes.set_title(title(key, rows), loc="left", color=theme.text, fontsize=11.5, fontweight="bold", pad=20)
     for curve in made:
         points = [row for row in curve.rows if key in row.scores]
         x, y = [getattr(row, cost) for row in points], [row.scores[key] for row in points]
@@ -124,7 +125,6 @@ def _style(axes: Any, cost: Cost, key: str, theme: Theme) -> None:
         spine.set_visible(False)
     axes.set_xlabel(COST_LABELS[cost], color=theme.muted, fontsize=9.5)
     way = {"low": "lower is better", "high": "higher is better", "none": ""}[reading(key).best]
-    axes.set_title(reading(key).label, loc="left", color=theme.text, fontsize=11.5, fontweight="bold", pad=20)
     axes.text(0, 1.0, way, transform=axes.transAxes, color=theme.muted, fontsize=9.5, va="bottom")
 
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 
 from fastgen.eval.results import Row
-from fastgen.eval.table import best, cells, columns, ordered, reading
+from fastgen.eval.table import best, cells, columns, ordered, reading, title
 
 SPECIAL = {"\\": r"\textbackslash{}", **{mark: "\\" + mark for mark in "&%$#_{}"}, "~": r"\textasciitilde{}"}
 SPECIAL |= {"^": r"\textasciicircum{}", "±": r"$\pm$", "é": r"\'e"}
@@ -24,7 +24,7 @@ def latex(rows: Sequence[Row]) -> str:
     keys = columns(rows)
     tops = {key: best(rows, key) for key in keys}
     titles = ["Candidate", "Steps", "Guidance", "Calls", "Time"]
-    heads = [*titles, *(escaped(reading(key).label) + ARROWS[reading(key).best] for key in keys)]
+    heads = [*titles, *(escaped(title(key, rows)) + ARROWS[reading(key).best] for key in keys)]
     lines = [r"\begin{tabular}{l" + "r" * (len(heads) - 1) + "}", r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
     for row, texts in cells(rows):
         shown = [escaped(text) for text in texts]

@@ -20,7 +20,7 @@ from fastgen.eval.figure import DARK, LEGEND, LIGHT, example_indices, example_ro
 from fastgen.eval.images import to_pillow
 from fastgen.eval.paste import csv_text, latex
 from fastgen.eval.results import Results, Row, load_results
-from fastgen.eval.table import COLUMNS, Cost, best, cells, columns, curves, header, number, reading, summary, table
+from fastgen.eval.table import COLUMNS, Cost, best, cells, columns, curves, header, number, summary, table, title
 
 PROMPTS = 12
 SMALL = 64
@@ -174,7 +174,7 @@ def _panels(rows: Sequence[Row]) -> str:
 def _describe_panel(rows: Sequence[Row], cost: Cost, key: str) -> str:
     words = {"steps": "steps", "calls": "network calls", "seconds": "seconds"}[cost]
     points = (f"{row.label} {number(row.scores[key])} with {number(getattr(row, cost))}" for row in rows)
-    return f"{reading(key).label} against {words} per image: {'; '.join(points)}."
+    return f"{title(key, rows)} against {words} per image: {'; '.join(points)}."
 
 
 def _about_pictures(results: Results, prompts: int) -> str:
@@ -266,7 +266,7 @@ def _more_scores(rows: Sequence[Row]) -> str:
     for row, _ in cells(rows):
         others = {key: value for key, value in row.scores.items() if key not in COLUMNS}
         if others:
-            told = "; ".join(f"{escape(reading(key).label)} {number(value)}" for key, value in others.items())
+            told = "; ".join(f"{escape(title(key, [row]))} {number(value)}" for key, value in others.items())
             lines.append(f"<dt>{escape(row.key)}</dt><dd>{told}</dd>")
     return f"<details><summary>More scores</summary><dl>{''.join(lines)}</dl></details>" if lines else ""
 

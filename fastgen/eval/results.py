@@ -32,6 +32,7 @@ class Row:
     `calls` are network evaluations per image, counted (a guided step is two), `seconds` per image, the median over batches that
     nothing else ran beside. `images` is the folder of the images, relative to the sweep's; `fingerprint` stands for weights and
     setting, `protocol` for what the sweep's own does not tell: model, sampler, attention, the teacher it was measured against.
+    `features` names the network of the distances.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
+    features: str = ""
 
     @property
     def label(self) -> str:

@@ -234,4 +234,5 @@ def _score(results: Results, row: Row, task: Task, teacher: Images | None, best:
     values = measured.each | ({} if right is None else {"right": right.to(torch.uint8)})
     save_tensors(results.file("values", row), values or {"none": torch.zeros(0)})
     row.scores, row.intervals, row.notes = measured.scores, measured.intervals, list(measured.notes)
+    row.features = evidence.world.features
     results.add(row)

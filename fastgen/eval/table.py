@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fastgen.eval.features import shown_label
 from fastgen.eval.registry import Reading, readings
 from fastgen.eval.results import Row
 
@@ -82,6 +83,11 @@ def reading(key: str) -> Reading:
     return readings().get(key, Reading(key, "none"))
 
 
+def title(key: str, rows: Iterable[Row]) -> str:
+    """What a score of these rows is called."""
+    return shown_label(reading(key).label, next((row.features for row in rows if row.features), ""))
+
+
 def columns(rows: Iterable[Row]) -> list[str]:
     """Which of `COLUMNS` the rows have."""
     present = {key for row in rows for key in row.scores}
@@ -140,7 +146,7 @@ def _cells(row: Row, keys: Sequence[str], *, bare: bool = False) -> list[str]:
 def header(rows: Sequence[Row]) -> list[str]:
     """The column titles of `cells`; an arrow says which way is better."""
     arrows = {"low": " ↓", "high": " ↑", "none": ""}
-    scores = [reading(key).label + arrows[reading(key).best] for key in columns(rows)]
+    scores = [title(key, rows) + arrows[reading(key).best] for key in columns(rows)]
     return ["Candidate", "Steps", "Guidance", "Network calls", "Time per image", *scores]
 
 
@@ -201,7 +207,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         sentences += _against_best_teacher(curve.rows[0], teachers)
     if not sentences and (top := best(rows, "fd") or best(rows, "accuracy")):
         key = "fd" if "fd" in top.scores else "accuracy"
-        sentences.append(f"{reading(key).label} is best for {top.label}: {number(top.scores[key])}.")
+        sentences.append(f"{title(key, [top])} is best for {top.label}: {number(top.scores[key])}.")
     return sentences or [f"{len(rows)} rows were measured."]
 
 
@@ -221,7 +227,8 @@ def _against_teacher(row: Row, teachers: Sequence[Series], real: Row | None) -> 
     theirs, ours = min(other.scores["fd"] for other in same), row.scores["fd"]
     ground = f"; real against real {number(real.scores['fd'])}" if real is not None and "fd" in real.scores else ""
     values = f"{number(ours)} against {number(theirs)}{ground}"
-    return [f"At {_steps(row.steps)} the Fréchet distance of {_called(row)} is {ours / theirs:.2f}x the teacher's ({values})."]
+    what = title("fd", [row])
+    return [f"At {_steps(row.steps)} the {what} of {_called(row)} is {ours / theirs:.2f}x the teacher's ({values})."]
 
 
 def _against_best_teacher(row: Row, teachers: Sequence[Series]) -> list[str]:
