@@ -89,7 +89,7 @@ class TrainConfig(Checked):
 
     steps: int                 = setting(1000, "updates of the student's loop", at_least=1)
     batch: int                 = setting(16, "samples per update on each process", at_least=1)
-    micro_batches: int         = setting(1, "parts a batch is computed in; more need less memory", at_least=1)
+    micro_batches: int         = setting(1, "parts of a batch, one after another: more need less memory; 0: found", at_least=0)
     gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass: less memory, more time")
     optimizer: Optimizer       = setting("adamw", '"muon": AdamW for all but matrices; "adamw8bit" needs bitsandbytes')
     lr: float                  = setting(1e-5, "learning rate; Adafactor's is relative to a weight's size", above=0, at_most=10)
@@ -99,16 +99,25 @@ class TrainConfig(Checked):
     schedule: Schedule         = setting("constant", "course of the learning rate after the warmup, in every stage anew")
     cooldown: float            = setting(0.2, "share of a stage, its last, in which wsd's rate falls to 0", above=0, at_most=1)
     max_grad_norm: float       = setting(1.0, "clip each player's gradient to this norm; 0: never", at_least=0)
-    precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; weights stay fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "arithmetic of the networks; weights stay fp32")
     players: dict[str, PlayerConfig] = setting({}, "what single players do otherwise, such as {fake_score = {lr = 1e-6}}")
     sharding: Literal["none", "fsdp"] = setting("none", '"fsdp": weights cut over the processes (FSDP2); less memory each')
     ema: float                 = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
+    ema_halflife: int          = setting(0, "in place of ema: samples after which a weight counts half; 0: none", at_least=0)
+    ema_sigma_rel: float       = setting(0.0, "in place of ema: width of a power-law average; 0: off", at_least=0, at_most=0.28)
     checkpoint_every: int      = setting(500, "updates between checkpoints; 0: only the last", at_least=0)
     keep_checkpoints: int      = setting(2, "newest checkpoints kept; 0: all", at_least=0)
     sample_every: int          = setting(0, "updates between sample grids; 0: only at the end", at_least=0)
     sample_prompts: list[str]  = setting([], "prompts of the sample grids; empty: the first of the data's")
     log_every: int             = setting(10, "updates between lines of metrics.jsonl", at_least=1)
     threads: int               = setting(0, "CPU threads; 0: chosen for this machine", at_least=0, at_most=1024)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        averages = {"ema": self.ema, "ema_halflife": self.ema_halflife, "ema_sigma_rel": self.ema_sigma_rel}
+        chosen = [f"{name} = {value}" for name, value in averages.items() if value]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are kinds of one average; set one of them")
 
     def of(self, player: str) -> TrainConfig:
         """These settings with what `player` does otherwise laid over them."""
@@ -153,7 +162,7 @@ class RunConfig(Checked):
                     f'quantize = "{self.quantize}" is for a base that is not trained, but roles.{role} = "{self.role(role)}"; '
                     f'set roles.{role} = "lora", or quantize = "none"'
                 )
-        if self.train.batch % self.train.micro_batches:
+        if self.train.micro_batches and self.train.batch % self.train.micro_batches:
             train = self.train
             raise UserError(f"train.batch = {train.batch} cannot be cut into {train.micro_batches} equal micro_batches")
         if self.pipeline == TOY:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastgen.config import PlayerConfig, TrainConfig
 from fastgen.errors import UserError
-from fastgen.training import optimizers
+from fastgen.method import Batch, Loss
+from fastgen.training import checkpoint, optimizers
+from fastgen.training.ema import EMA, exponent, half_life, power
 from fastgen.training.loop import Trainer
+from fastgen.training.micro_batches import more_parts
 from fastgen.training.optimizers import MuonWithAdamW, make_optimizer, step
+from fastgen.training.progress import Reporter
 from fastgen.training.schedules import pace
 from tests.training_fakes import Duel, FakePipeline, fake_source, same, weights
 
@@ -265,3 +271,186 @@ def test_the_trainer_starts_every_stage_anew(schedule: Any) -> None:
         rates.append(loop.turns[0].optimizer.param_groups[0]["lr"])
     course: Callable[[int, int], float] = lambda n, length: 1e-2 * pace(schedule, n, length, cooldown=0.5)  # noqa: E731
     assert rates == pytest.approx([course(n, 4) for n in range(4)] + [course(n, 5) for n in range(5)])
+
+
+# -- fp16 -------------------------------------------------------------------------------------------
+
+
+FP16 = replace(OPTIONS, precision="fp16")
+
+
+def test_fp16_scales_losses_and_steps_on_whole_gradients() -> None:
+    kinds, scaled = set(), []
+    loop = trainer(Duel(drawn=False), FP16)
+    loop.method.trained.network.inner.register_forward_hook(lambda m, a, output: kinds.add(output.dtype))  # type: ignore
+    backward = loop.accelerator.backward
+    loop.accelerator.backward = lambda loss: (scaled.append(loss.item()), backward(loss))  # type: ignore
+    loop.update()
+    plain = trainer(Duel(drawn=False))
+    plain.update()
+    losses = loop.averages.take()
+    assert kinds == {torch.float16}
+    assert scaled[0] == pytest.approx(2**16 * (losses["student/follow"] + losses["student/doubt"]), rel=1e-3)
+    for one, other in zip(loop.turns, plain.turns, strict=True):
+        assert float(losses[f"{one.player.name}/gradient_norm"]) > 0
+        for a, b in zip(one.weights, other.weights, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+            assert a.dtype == torch.float32
+    assert losses["student/gradient_norm"] == pytest.approx(plain.averages.take()["student/gradient_norm"], rel=0.02)
+
+
+def test_every_optimiser_has_a_scaler_of_its_own_that_checkpoints_keep(tmp_path: Path) -> None:
+    loop = trainer(Duel(poison=(1,)), FP16, run_directory=tmp_path)
+    loop.update()
+    loop.update()
+    assert [turn.scaler.get_scale() for turn in loop.turns] == [2**15, 2**16], "only the student's gradient was not finite"
+    assert [int(turn.skipped) for turn in loop.turns] == [1, 0]
+    path = loop.save()
+    assert path is not None
+    back = trainer(options=FP16)
+    back.load(path)
+    assert [turn.scaler.state_dict() for turn in back.turns] == [turn.scaler.state_dict() for turn in loop.turns]
+    assert (
+        back.turns[0].scaler.state_dict()["_growth_tracker"] == 0 and back.turns[1].scaler.state_dict()["_growth_tracker"] == 2
+    )
+    start = torch.get_rng_state()
+    for each in (loop, back):
+        torch.set_rng_state(start)
+        each.update()
+    for one, other in zip(loop.turns, back.turns, strict=True):
+        assert same(weights(one.player.weights), weights(other.player.weights))
+
+
+# -- memory -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hungry(Duel):
+    """Runs out of memory where the student's part of a batch is of more than `fits` samples."""
+
+    fits: int = 3
+
+    def student_loss(self, batch: Batch) -> Loss:
+        terms = super().student_loss(batch)
+        if len(batch.condition) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return terms
+
+
+SEARCHING = replace(OPTIONS, batch=12, micro_batches=0)
+
+
+def test_memory_that_runs_out_is_answered_by_more_parts_of_the_same_batch(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    reporter = Reporter(console=console)
+    loop = trainer(Hungry(drawn=False), SEARCHING, run_directory=tmp_path, reporter=reporter)
+    fixed = trainer(Duel(drawn=False), replace(SEARCHING, micro_batches=4))
+    for _ in range(3):
+        loop.update()
+        fixed.update()
+    assert loop.micro_batches == 4, "12 samples in 1, 2 and then 4 parts"
+    for one, other in zip(loop.turns, fixed.turns, strict=True):
+        assert same(weights(one.player.weights), weights(other.player.weights)), "the parts that failed have left nothing"
+    assert loop.data.state() == fixed.data.state() and loop.averages.state() == fixed.averages.state()
+    said = [line for line in console.file.getvalue().splitlines() if "memory" in line]  # type: ignore[attr-defined]
+    assert said == [
+        "update 1, player 'student': out of memory; a batch of 12 is now computed in 4 parts (train.micro_batches = 4)"
+    ]
+    path = loop.save()
+    assert path is not None and checkpoint.read_state(path)["micro_batches"] == 4
+    back = trainer(Hungry(drawn=False), SEARCHING)
+    back.load(path)
+    assert back.micro_batches == 4
+
+
+def test_the_same_noise_is_drawn_for_the_batch_that_is_begun_anew() -> None:
+    loops = [
+        trainer(method, options) for method, options in ((Hungry(), SEARCHING), (Duel(), replace(SEARCHING, micro_batches=4)))
+    ]
+    for loop in loops:
+        torch.manual_seed(4)
+        loop.update()
+    assert same(*(weights(loop.method.trained) for loop in loops))
+
+
+def test_one_sample_that_does_not_fit_is_said_and_no_number_is_overruled() -> None:
+    with pytest.raises(UserError, match=r"train\.micro_batches = 0: .* even with 1 sample at a time; LoRA"):
+        trainer(Hungry(fits=0), SEARCHING).fit()
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(Hungry(), replace(SEARCHING, micro_batches=1)).fit()
+
+
+def test_parts_are_equal() -> None:
+    assert [more_parts(parts, 12) for parts in (1, 2, 4, 6, 12)] == [2, 4, 12, 12, None]
+    assert more_parts(1, 7) == 7 and more_parts(1, 1) is None
+
+
+# -- averages ---------------------------------------------------------------------------------------
+
+
+def averaged(decay: Any, values: Sequence[float]) -> float:
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(1e6)  # where training began, of which nothing must be left
+    ema = EMA(module, decay)
+    for value in values:
+        module.weight.data.fill_(value)
+        ema.update()
+    return ema.average["weight"].item()
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
+def test_the_power_average_weighs_time_by_a_power(sigma_rel: float) -> None:
+    """Its closed form: weights prod (1 - 1/s)^(gamma + 1) over s > t make t^(gamma + 1) - (t - 1)^(gamma + 1), over n^..."""
+    gamma = exponent(sigma_rel)
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(sigma_rel**2, rel=1e-9)
+    n = 400
+    shares = [(t ** (gamma + 1) - (t - 1) ** (gamma + 1)) / n ** (gamma + 1) for t in range(1, n + 1)]
+    values = [math.sin(t) for t in range(n)]
+    assert averaged(power(sigma_rel), values) == pytest.approx(sum(map(math.prod, zip(shares, values, strict=True))), abs=1e-4)
+    times = [(t - 0.5) / n for t in range(1, n + 1)]
+    mean = sum(map(math.prod, zip(shares, times, strict=True)))
+    deviation = math.sqrt(sum(share * (time - mean) ** 2 for share, time in zip(shares, times, strict=True)))
+    assert deviation == pytest.approx(sigma_rel, rel=0.01)
+
+
+def test_exponents_are_the_papers() -> None:
+    """arXiv:2312.02696, section 3.1: sigma_rel of 0.05 and 0.10 are gamma of 16.97 and 6.94."""
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.01) and exponent(0.10) == pytest.approx(6.94, abs=0.01)
+
+
+def test_half_life_in_samples() -> None:
+    decay = half_life(1000, batch=10)
+    assert decay(0) == 0, "the beginning is forgotten"
+    assert decay(100) == pytest.approx(0.5 ** (10 / 50)), "at first a twentieth of the 1000 samples seen"
+    assert math.prod(decay(n) for n in range(2000, 2100)) == pytest.approx(0.5), "100 updates of 10 samples"
+    assert averaged(half_life(20, batch=10), [3.0]) == 3
+
+
+def test_the_trainer_averages_as_the_options_say(tmp_path: Path) -> None:
+    for options, course in (({"ema_halflife": 8}, half_life(8, 4)), ({"ema_sigma_rel": 0.2}, power(0.2))):
+        loop = trainer(options=replace(OPTIONS, **options), run_directory=tmp_path)
+        by_hand = EMA(loop.method.trained, course)
+        for _ in range(3):
+            loop.update()
+            by_hand.update()
+        assert loop.ema is not None and same(by_hand.average, loop.ema.average)
+        path = loop.save()
+        assert path is not None
+        back = trainer(options=replace(OPTIONS, **options))
+        back.load(path)
+        loop.ema.update()
+        back.ema.update()  # type: ignore[union-attr]
+        assert same(loop.ema.average, back.ema.average)  # type: ignore[union-attr]
+
+
+def test_two_averages_are_refused() -> None:
+    with pytest.raises(UserError, match=r"ema = 0\.9 and ema_halflife = 100 are kinds of one average"):
+        TrainConfig(ema=0.9, ema_halflife=100)
+
+
+def test_what_does_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r'"fp16" does not go with train\.sharding = "fsdp"; take "bf16"'):
+        trainer(options=replace(FP16, sharding="fsdp"))
+    monkeypatch.setattr("fastgen.training.optimizers.processes", lambda: 2)
+    with pytest.raises(UserError, match="micro_batches = 0 is for one process"):
+        optimizers.check_options(SEARCHING, Duel())

@@ -84,7 +84,7 @@ def candidates(config: RunConfig) -> Iterator[tuple[str, Change]]:
     train = config.train
     if not train.gradient_checkpointing:
         yield "train.gradient_checkpointing=true", lambda c: replace(c, train=replace(c.train, gradient_checkpointing=True))
-    for parts in range(2 * train.micro_batches, train.batch + 1):
+    for parts in range(2 * max(1, train.micro_batches), train.batch + 1):
         if train.batch % parts == 0 and (parts & (parts - 1) == 0 or parts == train.batch):
             yield f"train.micro_batches={parts}", with_parts(parts)
     if config.offload == "none":
@@ -132,7 +132,7 @@ def scaled(plan: Plan, was: RunConfig, now: RunConfig, fixed: Mapping[str, float
     if stowed:
         held -= sum(row.weights for row in frozen if "freed" not in row.name)
         encoders = sum(row.weights for row in frozen if "freed" in row.name)
-    fewer = (was.train.micro_batches * now.train.batch) / (now.train.micro_batches * was.train.batch)
+    fewer = (max(1, was.train.micro_batches) * now.train.batch) / (max(1, now.train.micro_batches) * was.train.batch)
     half = HALVED if now.train.precision != was.train.precision else 1.0
     peaks = [held + moved(turn, plan, grown, was, now, fewer, half * (fixed or {}).get(turn.player, 0)) for turn in plan.turns]
     preparing = plan.preparing + held - plan.held - encoders

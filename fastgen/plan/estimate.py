@@ -99,7 +99,7 @@ def observe(config: RunConfig, pipeline: Pipeline, ledger: Ledger, device: str) 
         empty(module, ledger.hollow)
     data = Blank(pipeline, method)
     prompts = train.sample_prompts or ["a"] * GRID_PROMPTS
-    size = 16 if device == "cpu" else train.batch // train.micro_batches
+    size = 16 if device == "cpu" else train.batch // max(1, train.micro_batches)
     trainer = Trainer(method, data, train, device="cpu")  # type: ignore[arg-type]
     grids = Grids(pipeline, Path(), prompts, at_once=size, autocast=trainer.accelerator.autocast)
     stowed = config.offload if device != "cpu" else "none"
@@ -116,7 +116,7 @@ def observe(config: RunConfig, pipeline: Pipeline, ledger: Ledger, device: str) 
         network=type(pipeline.network).__name__,
         method=config.method_name,
         batch=train.batch,
-        micro_batch=train.batch // train.micro_batches,
+        micro_batch=train.batch // max(1, train.micro_batches),
         latent_shape=tuple(pipeline.latent_shape),
         precision=train.precision,
         update=worst.update,

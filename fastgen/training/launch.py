@@ -36,7 +36,7 @@ def make_accelerator(
     """
     options: dict[str, Any] = {
         "cpu": device is not None and torch.device(device).type == "cpu",
-        "mixed_precision": "bf16" if precision == "bf16" else "no",
+        "mixed_precision": "no" if precision == "fp32" else precision,
         # Cached casts would be kept for every network that a loss calls: as much memory again as the weights.
         "kwargs_handlers": [AutocastKwargs(cache_enabled=False)],
         "log_with": list(trackers) or None,
@@ -50,6 +50,8 @@ def make_accelerator(
         accelerator = Accelerator(**options)
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"cannot train with precision {precision!r} and trackers {list(trackers)} here: {error}") from error
+    accelerator.scaler = None  # one for all optimisers; the loop has one for each
+    accelerator.native_amp |= precision == "fp16"  # which accelerate passes over on a CPU, without a word
     missing = set(trackers) - {str(getattr(each, "value", each)) for each in accelerator.log_with}
     if missing:
         raise UserError(f"tracker {sorted(missing)[0]!r} is not installed; install it with pip or leave it out")

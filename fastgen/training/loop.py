@@ -25,10 +25,11 @@ from fastgen.data.source import Source
 from fastgen.errors import UserError
 from fastgen.method import Method, Player
 from fastgen.training import checkpoint, optimizers
-from fastgen.training.ema import EMA
+from fastgen.training.ema import EMA, course_of_decay
 from fastgen.training.grids import Grids
 from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank, wait
 from fastgen.training.metrics import Averages, MetricsFile
+from fastgen.training.micro_batches import within_memory
 from fastgen.training.progress import Reporter
 from fastgen.training.random_state import random_state, set_random_state
 from fastgen.training.schedules import pace
@@ -37,7 +38,6 @@ __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
 SKIP_LIMIT = 20
 BUCKET = 2**26
-STAGE_PLAYERS = ("student", "critic", "fake_score")  # whom a later stage of a method may bring
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Turn:
     options: TrainConfig
     skipped: Tensor
     in_a_row: Tensor
+    scaler: torch.amp.GradScaler  # of losses in fp16; else it does nothing
 
     @property
     def has_own_lr(self) -> bool:
@@ -88,10 +89,11 @@ class Trainer:
         self.device = torch.device(device) if device else self.accelerator.device
         self.grids, self.reporter, self.texts = grids, reporter or Reporter(quiet=True), dict(texts or {})
         self.step, self.total, self.started = 0, options.steps, 0
+        self.micro_batches = options.micro_batches or 1
         self.averages = Averages()
         self.metrics = MetricsFile(run_directory / "metrics.jsonl") if run_directory and rank() == 0 else None
         self.start_players()
-        check_players(options, method)
+        optimizers.check_options(options, method)
         self.share_weights()
         self.ema = self.start_ema()
 
@@ -108,10 +110,12 @@ class Trainer:
             options, device = self.options.of(player.name), weights[0].device
             optimizer = optimizers.make_optimizer(weights, options, options.lr)
             skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
-            self.turns.append(Turn(player, weights, optimizer, options, skipped, in_a_row))
+            scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
+            self.turns.append(Turn(player, weights, optimizer, options, skipped, in_a_row, scaler))
 
     def start_ema(self) -> EMA | None:
-        return EMA(self.method.trained, self.options.ema) if self.options.ema else None
+        decay = course_of_decay(self.options, self.options.batch * processes())
+        return None if decay is None else EMA(self.method.trained, decay)
 
     def share_weights(self) -> None:
         """Every process starts from the weights of the first."""
@@ -160,18 +164,44 @@ class Trainer:
 
     def move(self, turn: Turn) -> None:
         """One optimiser step of one player."""
-        player, parts = turn.player, self.options.micro_batches
         self.thaw(turn)
+        if self.options.micro_batches:
+            self.accumulate(turn, self.micro_batches)
+        else:
+            self.search(turn)
+        average_gradients(turn.weights)
+        self.apply(turn)
+        self.thaw(None)
+
+    def accumulate(self, turn: Turn, parts: int) -> None:
+        """The gradient of the player's loss on a batch, computed in so many parts."""
+        player, measured = turn.player, []
         for _ in range(parts):
             batch = self.data.batch(self.options.batch // parts)
             with self.accelerator.autocast():
                 terms = player.loss(batch)
-            self.accelerator.backward(sum(terms.values(), torch.zeros((), device=self.device)) / parts)
-            for name, term in terms.items():
-                self.averages.add(f"{player.name}/{name}", term)
-        average_gradients(turn.weights)
-        self.apply(turn)
-        self.thaw(None)
+            loss = sum(terms.values(), torch.zeros((), device=self.device)) / parts
+            self.accelerator.backward(turn.scaler.scale(loss))
+            measured += [(f"{player.name}/{name}", term.detach()) for name, term in terms.items()]
+        for name, term in measured:
+            self.averages.add(name, term)
+
+    def search(self, turn: Turn) -> None:
+        """`accumulate` in as few parts as memory allows, found by trying; later turns begin with the number found."""
+        data, random = self.data.state(), random_state(self.device)
+
+        def undo() -> None:
+            self.thaw(turn)
+            self.data.load_state(data)
+            set_random_state(random, self.device)
+
+        parts = within_memory(lambda parts: self.accumulate(turn, parts), undo, self.micro_batches, self.options.batch)
+        if parts > self.micro_batches:
+            self.micro_batches = parts
+            self.reporter.say(
+                f"update {self.step + 1}, player '{turn.player.name}': out of memory; a batch of {self.options.batch} is now "
+                f"computed in {parts} parts (train.micro_batches = {parts})"
+            )
 
     def thaw(self, mover: Turn | None) -> None:
         """Let gradients reach only the mover's weights; None: every player's, as before training. No gradient outlives this."""
@@ -183,6 +213,7 @@ class Trainer:
     def apply(self, turn: Turn) -> None:
         """Clip and step; a gradient that is not finite moves nothing and is counted, on the device, without waiting for it."""
         options = turn.options
+        turn.scaler.unscale_(turn.optimizer)
         grads = [weight.grad for weight in turn.weights if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).to(turn.skipped.device)
         if options.max_grad_norm:
@@ -191,6 +222,7 @@ class Trainer:
         for group in turn.optimizer.param_groups:
             group["lr"] = turn.lr * self.pace(self.step)
         optimizers.step(turn.optimizer, bad)
+        turn.scaler.update()
         turn.skipped += bad
         turn.in_a_row = (turn.in_a_row + 1) * bad
         self.averages.add(f"{turn.player.name}/gradient_norm", norm)
@@ -247,6 +279,8 @@ class Trainer:
                 "data": self.data.state(),
                 "averages": self.averages.state(),
                 "ema": None if self.ema is None else self.ema.updates,
+                "scalers": {turn.player.name: turn.scaler.state_dict() for turn in self.turns},
+                "micro_batches": self.micro_batches,
                 "skipped": {turn.player.name: [int(turn.skipped), int(turn.in_a_row)] for turn in self.turns},
             }
             tensors: dict[str, Tensor] = {}
@@ -272,6 +306,7 @@ class Trainer:
         checkpoint.verify(path)
         state = checkpoint.read_state(path)
         self.step, self.started = int(state["step"]), int(state["started"])
+        self.micro_batches = self.options.micro_batches or int(state.get("micro_batches", 1))
         self.data.load_state(state["data"])
         self.method.load_state(checkpoint.join(state["method"], checkpoint.read(path, "method")))
         self.start_players()
@@ -283,6 +318,8 @@ class Trainer:
             name = turn.player.name
             checkpoint.restore(checkpoint.weights_of(turn.player.weights), path, f"player-{name}")
             checkpoint.unpack_optimizer(turn.optimizer, state["optimizers"][name], checkpoint.read(path, f"optimizer-{name}"))
+            if scaler := state.get("scalers", {}).get(name):
+                turn.scaler.load_state_dict(scaler)
             turn.skipped.fill_(state["skipped"][name][0])
             turn.in_a_row.fill_(state["skipped"][name][1])
         self.ema = self.start_ema()
@@ -303,16 +340,6 @@ def over_processes(values: dict[str, float], device: torch.device) -> dict[str, 
     joint = torch.tensor(list(values.values()), device=device)
     dist.all_reduce(joint)
     return dict(zip(values, (joint / processes()).tolist(), strict=True))
-
-
-def check_players(options: TrainConfig, method: Method) -> None:
-    """Raise UserError for settings of a player that the method has not."""
-    names = [player.name for player in method.players()]
-    later = STAGE_PLAYERS if method.stage_end(0, options.steps) < options.steps else ()
-    for name in options.players:
-        if name not in (*names, *later):
-            known = " and ".join(repr(each) for each in names)
-            raise UserError(f"train.players.{name}: there is no such player; this run has {known}")
 
 
 @torch.no_grad()

@@ -17,8 +17,26 @@ from torch import Tensor, nn
 
 from fastgen.config import TrainConfig
 from fastgen.errors import UserError
+from fastgen.method import Method
+from fastgen.training.launch import processes
 
-__all__ = ["MuonWithAdamW", "make_optimizer", "step"]
+__all__ = ["MuonWithAdamW", "check_options", "make_optimizer", "step"]
+
+STAGE_PLAYERS = ("student", "critic", "fake_score")  # whom a later stage of a method may bring
+
+
+def check_options(options: TrainConfig, method: Method) -> None:
+    """Raise UserError for settings that do not go together, or are of a player that the method has not."""
+    if options.micro_batches == 0 and processes() > 1:
+        raise UserError("train.micro_batches = 0 is for one process: find the number there, and set it for several")
+    if options.precision == "fp16" and options.sharding != "none":  # each process would scale its loss by what its part needs
+        raise UserError(f'train.precision = "fp16" does not go with train.sharding = "{options.sharding}"; take "bf16"')
+    names = [player.name for player in method.players()]
+    later = STAGE_PLAYERS if method.stage_end(0, options.steps) < options.steps else ()
+    for name in options.players:
+        if name not in (*names, *later):
+            known = " and ".join(repr(each) for each in names)
+            raise UserError(f"train.players.{name}: there is no such player; this run has {known}")
 
 
 def make_optimizer(weights: Sequence[nn.Parameter], options: TrainConfig, lr: float) -> torch.optim.Optimizer:

@@ -90,7 +90,7 @@ def distill(
         if rank() == 0:
             prompts = config.train.sample_prompts or list(dict.fromkeys(data.prompts))[:GRID_PROMPTS]
             # What fits in training fits in sampling; a CPU has the memory for more at once.
-            size = 16 if place.type == "cpu" else config.train.batch // config.train.micro_batches
+            size = 16 if place.type == "cpu" else config.train.batch // (config.train.micro_batches or config.train.batch)
             teacher = FewStep(even_times(50, pipeline.process), guidance=teacher_guidance(config.method, pipeline))
             grids = Grids(
                 pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast
