@@ -21,7 +21,9 @@ from fastgen.data.source import Source
 from fastgen.denoiser import Condition, Denoiser
 from fastgen.method import Method
 from fastgen.methods import find
+from fastgen.training import checkpoint
 from fastgen.training.loop import Trainer
+from fastgen.training.random_state import set_random_state
 from tests.method_fakes import TABLE, call
 
 SHAPE, WIDTH, LABELS, SAMPLES = (4,), 8, 2, 20
@@ -160,13 +162,26 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach().clone()
 
 
-def train(name: str, method_options: Mapping[str, Any], lora: bool, options: TrainConfig, folder: Path) -> Trainer:
-    """A run in this process, alone or one of several, on its part of the joint batch; returns the trainer."""
+def train(
+    name: str,
+    method_options: Mapping[str, Any],
+    lora: bool,
+    options: TrainConfig,
+    folder: Path,
+    resume: Path | None = None,
+) -> Trainer:
+    """A run in this process, alone or one of several, on its part of the joint batch; returns the trainer.
+
+    It goes on from the checkpoint `resume`, with the draws of the run that was left.
+    """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     method, pipeline = build(name, method_options, lora)
     data = source(pipeline, rank=rank, processes=processes)
     loop = Trainer(method, data, options, run_directory=folder, device="cpu")
     torch.manual_seed(5)
+    if resume is not None:
+        loop.load(resume)
+        set_random_state(checkpoint.read(resume, "random-00000"), torch.device("cpu"))
     if processes == 1:
         loop.fit()
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from fastgen.config import TrainConfig
@@ -23,12 +24,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, lora: bool, options: TrainConfig, folder: str) -> None:
+def run(name: str, lora: bool, options: TrainConfig, folder: str, resume: Path | None = None) -> None:
     """One process of a run; the first writes what was learnt."""
-    loop = train(name, METHODS[name], lora, options, Path(folder))
+    loop = train(name, METHODS[name], lora, options, Path(folder), resume)
+    several = dist.is_initialized()
+    assert bool(loop.sharding) == (several and options.sharding != "none")
     weights = learnt(loop)
-    assert loop.ema is not None
-    if loop.accelerator.is_main_process:
+    if not several or dist.get_rank() == 0:
         save_file(weights, Path(folder) / "weights.safetensors")
 
 

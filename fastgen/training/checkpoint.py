@@ -3,6 +3,9 @@
 A checkpoint is written under a hidden name beside its place, flushed to disk, and renamed. `manifest.json` holds the size and
 SHA-256 of every other file, so that a truncated or altered file is found, and named, before anything is loaded. Nothing is ever
 unpickled.
+
+Sharded tensors are written whole, gathered one by one, in the same files: any number of processes can go on from them, sharded
+or not. torch's distributed checkpoints are not used because their `.metadata` is a pickle, which runs what it is told to.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastgen.errors import UserError
+from fastgen.training.launch import rank
+from fastgen.training.sharding import part_like, whole
 
 __all__ = ["begin", "choose", "find", "finish", "latest_good", "read", "read_state", "restore", "verify", "weights_of", "write"]
 
 STATE, MANIFEST = "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+}
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -46,13 +57,55 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def write(partial: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Add `name`.safetensors to a checkpoint that was begun."""
+    """Add `name`.safetensors to a checkpoint that was begun; where a tensor is sharded, all processes do so together."""
     path = partial / f"{name}.safetensors"
     try:
-        save_file(apart(tensors), path)
-        flush(path)
+        if is_sharded(tensors):
+            write_whole(path, tensors)
+        else:
+            save_file(apart(tensors), path)
+            flush(path)
     except (OSError, SafetensorError) as error:
         raise unwritable(path.parent, error) from error
+
+
+def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every process has to take part in writing these."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Gather sharded tensors one at a time, which bounds the memory, and let the first process write them to `path`.
+
+    A safetensors file is the length of a header (8 bytes, little-endian), the header (JSON: dtype, shape and place of every
+    tensor), and the tensors' bytes. A process that cannot write still gathers, so that the others do not wait for it for ever.
+    """
+    header: dict[str, Any] = {}
+    place = 0
+    names = sorted(tensors)
+    for name in names:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    failed: OSError | None = None
+    with path.open("wb") if rank() == 0 else nullcontext() as file:
+        for i, name in enumerate(names):
+            value = whole(tensors[name])
+            if file is None or failed:
+                continue
+            try:
+                if i == 0:
+                    file.write(len(text).to_bytes(8, "little") + text)
+                file.write(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            except OSError as error:
+                failed = error
+    if failed:
+        raise failed
+    if rank() == 0:
+        flush(path)
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,7 +281,7 @@ def restore(weights: Mapping[str, Tensor], path: Path, name: str) -> None:
             wanted = tuple(weights[key].shape) if key in weights else "nothing"
             raise UserError(f"{path / name}.safetensors: does not fit this run's networks ({key}: {found}, not {wanted})")
     for key, weight in weights.items():
-        weight.copy_(tensors[key])
+        weight.copy_(part_like(weight, tensors[key]))
 
 
 # -- nests and optimisers as tensors and JSON -------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.config import TrainConfig
+from fastgen.training.sharding import local_part, part_like
 
 __all__ = ["EMA", "course_of_decay", "exponent", "half_life", "power", "warmed"]
 
@@ -18,7 +19,7 @@ RAMP = 0.05
 
 
 class EMA:
-    """The average of a module's trainable weights, in float32 at least.
+    """The average of a module's trainable weights, in float32 at least; sharded where they are.
 
     A decay that is a number warms up as min(decay, (1 + n) / (10 + n)) over the updates n = 0, 1, ..., so that a short run is
     not an average of its start.
@@ -41,7 +42,8 @@ class EMA:
         """Take the weights as they are now into the average."""
         decay = self.decay(self.updates)
         self.updates += 1
-        average, weights = list(self.average.values()), [weight.detach() for weight in self.weights.values()]
+        average = [local_part(average) for average in self.average.values()]
+        weights = [local_part(weight) for weight in self.weights.values()]
         torch._foreach_lerp_(average, [w.to(a.dtype) for w, a in zip(weights, average, strict=True)], 1 - decay)
 
     @contextmanager
@@ -113,6 +115,6 @@ def exponent(sigma_rel: float) -> float:
 
 @torch.no_grad()
 def fill(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy `values` into the tensors of the same names."""
+    """Copy `values`, whole or sharded as they are, into the tensors of the same names."""
     for name, value in values.items():
-        weights[name].copy_(value)
+        weights[name].copy_(part_like(weights[name], value))

@@ -20,6 +20,7 @@ from fastgen.method import Method
 from fastgen.pipelines.base import Pipeline
 from fastgen.samplers import FewStep, Sampler, even_times
 from fastgen.training.ema import EMA
+from fastgen.training.launch import rank
 from fastgen.training.random_state import undisturbed
 
 __all__ = ["Grids", "describe", "grid"]
@@ -61,6 +62,8 @@ class Grids:
             with evaluating(method.trained), ema.applied(method.trained) if ema else nullcontext():
                 images = self.sample(method.trained, sampler)
         path = self.folder / f"step-{step:08d}.png"
+        if rank() > 0:  # Here only for its part of the weights.
+            return path
         about = {
             "step": step,
             "prompts": self.prompts,

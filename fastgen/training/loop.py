@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastgen.config import TrainConfig
 from fastgen.data.source import Source
@@ -33,6 +34,7 @@ from fastgen.training.micro_batches import within_memory
 from fastgen.training.progress import Reporter
 from fastgen.training.random_state import random_state, set_random_state
 from fastgen.training.schedules import pace
+from fastgen.training.sharding import Sharding, cut, gradient_norm, hand_over, joined, own_parts
 
 __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
@@ -48,6 +50,7 @@ class Turn:
 
     player: Player
     weights: list[nn.Parameter]
+    parts: list[nn.Parameter]  # of the weights, what this process moves: all, where they are not sharded
     optimizer: torch.optim.Optimizer
     options: TrainConfig
     skipped: Tensor
@@ -92,9 +95,10 @@ class Trainer:
         self.micro_batches = options.micro_batches or 1
         self.averages = Averages()
         self.metrics = MetricsFile(run_directory / "metrics.jsonl") if run_directory and rank() == 0 else None
-        self.start_players()
         optimizers.check_options(options, method)
         self.share_weights()
+        self.sharding = Sharding(method, options, self.device)
+        self.start_players()
         self.ema = self.start_ema()
 
     # -- players ----------------------------------------------------------------------------------
@@ -108,10 +112,11 @@ class Trainer:
             if not weights:
                 raise ValueError(f"player {player.name!r} has no trainable weights")
             options, device = self.options.of(player.name), weights[0].device
-            optimizer = optimizers.make_optimizer(weights, options, options.lr)
+            parts = own_parts(weights)
+            optimizer = optimizers.make_optimizer(parts, options, options.lr)
             skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
             scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-            self.turns.append(Turn(player, weights, optimizer, options, skipped, in_a_row, scaler))
+            self.turns.append(Turn(player, weights, parts, optimizer, options, skipped, in_a_row, scaler))
 
     def start_ema(self) -> EMA | None:
         decay = course_of_decay(self.options, self.options.batch * processes())
@@ -120,9 +125,10 @@ class Trainer:
     def share_weights(self) -> None:
         """Every process starts from the weights of the first."""
         if processes() > 1:
-            for turn in self.turns:
-                for value in checkpoint.weights_of(turn.player.weights).values():
-                    dist.broadcast(value.detach(), 0)
+            for player in self.method.players():
+                for value in checkpoint.weights_of(player.weights).values():
+                    if not isinstance(value, DTensor):
+                        dist.broadcast(value.detach(), 0)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -138,6 +144,7 @@ class Trainer:
                 losses = self.log() if self.is_due(self.options.log_every) else None
                 self.reporter.advance(self.step, losses)
                 if self.grids is not None and self.is_due(self.options.sample_every):
+                    self.sharding.reshard()
                     self.grids.draw(self.method, self.step, self.ema)
                 caught = interrupts.agreed(self.device)
                 if caught or self.is_due(self.options.checkpoint_every):
@@ -151,6 +158,7 @@ class Trainer:
 
     def update(self) -> None:
         """One update: every player whose turn it is moves once."""
+        self.sharding.reshard()
         if self.method.advance(self.step, self.total):
             self.start_players()
             self.share_weights()  # those of a player that comes with the stage are drawn by every process for itself
@@ -158,18 +166,21 @@ class Trainer:
         for turn in self.turns:
             if (self.step + 1) % turn.player.every == 0:
                 self.move(turn)
+        self.sharding.reshard()
         if self.ema is not None:
             self.ema.update()
         self.step += 1
 
     def move(self, turn: Turn) -> None:
         """One optimiser step of one player."""
+        self.sharding.reshard()
         self.thaw(turn)
         if self.options.micro_batches:
             self.accumulate(turn, self.micro_batches)
         else:
             self.search(turn)
-        average_gradients(turn.weights)
+        average_gradients([weight for weight in turn.weights if not isinstance(weight, DTensor)])
+        hand_over(turn.weights, turn.parts)
         self.apply(turn)
         self.thaw(None)
 
@@ -209,15 +220,16 @@ class Trainer:
             for weight in turn.weights:
                 weight.requires_grad_(mover is None or turn is mover)
                 weight.grad = None
+            for part in turn.parts:
+                part.grad = None
 
     def apply(self, turn: Turn) -> None:
         """Clip and step; a gradient that is not finite moves nothing and is counted, on the device, without waiting for it."""
         options = turn.options
         turn.scaler.unscale_(turn.optimizer)
-        grads = [weight.grad for weight in turn.weights if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).to(turn.skipped.device)
+        norm = gradient_norm(turn.weights, turn.parts).to(turn.skipped.device)
         if options.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(turn.weights, options.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(turn.parts, options.max_grad_norm, norm)
         bad = 1 - torch.isfinite(norm).float()
         for group in turn.optimizer.param_groups:
             group["lr"] = turn.lr * self.pace(self.step)
@@ -269,7 +281,8 @@ class Trainer:
         wait()
         checkpoint.write(partial, f"random-{rank():05d}", random_state(self.device))
         wait()
-        if main:
+        self.sharding.reshard()
+        if main or self.sharding:  # the parts of sharded weights are gathered by all
             state: dict[str, Any] = {
                 "step": self.step,
                 "total": self.total,
@@ -285,18 +298,23 @@ class Trainer:
             }
             tensors: dict[str, Tensor] = {}
             state["method"] = checkpoint.split(self.method.state(), "method", tensors)
-            checkpoint.write(partial, "method", tensors)
+            self.put(partial, "method", tensors)
             optimizers = state["optimizers"] = {}
             for turn in self.turns:
                 name, tensors = turn.player.name, {}
                 optimizers[name] = checkpoint.pack_optimizer(turn.optimizer, tensors)
-                checkpoint.write(partial, f"optimizer-{name}", tensors)
-                checkpoint.write(partial, f"player-{name}", checkpoint.weights_of(turn.player.weights))
+                self.put(partial, f"optimizer-{name}", joined(turn.weights, tensors))
+                self.put(partial, f"player-{name}", checkpoint.weights_of(turn.player.weights))
             if self.ema is not None:
-                checkpoint.write(partial, "ema", self.ema.tensors())
-            checkpoint.finish(partial, state, self.texts, keep=self.options.keep_checkpoints)
+                self.put(partial, "ema", self.ema.tensors())
+            if main:
+                checkpoint.finish(partial, state, self.texts, keep=self.options.keep_checkpoints)
         wait()
         return folder / f"step-{self.step:08d}"
+
+    def put(self, partial: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if rank() == 0 or checkpoint.is_sharded(tensors):
+            checkpoint.write(partial, name, tensors)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, bit by bit where the device and the number of threads and processes are the same.
@@ -305,6 +323,7 @@ class Trainer:
         """
         checkpoint.verify(path)
         state = checkpoint.read_state(path)
+        self.sharding.reshard()
         self.step, self.started = int(state["step"]), int(state["started"])
         self.micro_batches = self.options.micro_batches or int(state.get("micro_batches", 1))
         self.data.load_state(state["data"])
@@ -317,7 +336,8 @@ class Trainer:
         for turn in self.turns:
             name = turn.player.name
             checkpoint.restore(checkpoint.weights_of(turn.player.weights), path, f"player-{name}")
-            checkpoint.unpack_optimizer(turn.optimizer, state["optimizers"][name], checkpoint.read(path, f"optimizer-{name}"))
+            moments = cut(turn.weights, checkpoint.read(path, f"optimizer-{name}"))
+            checkpoint.unpack_optimizer(turn.optimizer, state["optimizers"][name], moments)
             if scaler := state.get("scalers", {}).get(name):
                 turn.scaler.load_state_dict(scaler)
             turn.skipped.fill_(state["skipped"][name][0])
@@ -345,7 +365,7 @@ def over_processes(values: dict[str, float], device: torch.device) -> dict[str, 
 @torch.no_grad()
 def average_gradients(weights: list[nn.Parameter]) -> None:
     """Average gradients over the processes, in flat buckets; a weight that has one in some process counts as zero elsewhere."""
-    if processes() == 1:
+    if processes() == 1 or not weights:
         return
     present = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.float32, device=weights[0].device)
     dist.all_reduce(present)

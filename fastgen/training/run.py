@@ -47,7 +47,8 @@ OURS = ("metrics.jsonl", "samples", "checkpoints", ENVIRONMENT)
 TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
-    f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads")
+    f"train.{key}"
+    for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads", "sharding")
 ) | {"data.cache", "offload"}
 """What a resumed run may do otherwise: none of it changes what is learned."""
 
@@ -87,7 +88,7 @@ def distill(
         share: dict[str, Any] = {"rank": rank(), "processes": processes(), "say": reporter.say}
         data = load_source(pipeline, config.data, config.method.needs, seed=config.seed, device=place, **share)
         grids = None
-        if rank() == 0:
+        if rank() == 0 or config.train.sharding != "none":  # What is sharded is sampled by all.
             prompts = config.train.sample_prompts or list(dict.fromkeys(data.prompts))[:GRID_PROMPTS]
             # What fits in training fits in sampling; a CPU has the memory for more at once.
             size = 16 if place.type == "cpu" else config.train.batch // (config.train.micro_batches or config.train.batch)
