@@ -98,7 +98,9 @@ def test_pick_score_is_its_authors_formula(tmp_path: Path, monkeypatch: pytest.M
     model, images = pick_clip(), photos()
     model.logit_scale.data.fill_(2.5)
     counters = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
-    save_file({**model.state_dict(), **counters}, tmp_path / "model.safetensors")
+    file = tmp_path / pick_score.WEIGHTS.origin / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({**model.state_dict(), **counters}, file)
     monkeypatch.setitem(pick_score.build.__kwdefaults__, "text", CLIP_TEXT)
     monkeypatch.setitem(pick_score.build.__kwdefaults__, "vision", CLIP_VISION)
     monkeypatch.setitem(pick_score.build.__kwdefaults__, "width", 24)
@@ -279,7 +281,9 @@ def vocabulary(path: Path) -> Path:
 def test_image_reward_is_its_repositorys_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, images = released(), photos(70, 50)
     torch.save(tensors, tmp_path / "ImageReward.pt")
-    vocabulary(tmp_path)
+    folder = tmp_path / image_reward.VOCABULARY.origin
+    folder.mkdir(parents=True)
+    vocabulary(folder)
     monkeypatch.setitem(blip.build.__kwdefaults__, "vision", VISION)
     monkeypatch.setitem(blip.build.__kwdefaults__, "text", TEXT)
     world = replace(PHOTO, weights=tmp_path)

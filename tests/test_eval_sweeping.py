@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -139,6 +140,7 @@ def free_port() -> int:
 
 def process(number: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
+    PartialState._reset_state()  # an earlier test of this process may have left one
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE="2")
     os.environ.update(RANK=str(number), WORLD_SIZE="2", LOCAL_RANK=str(number), OMP_NUM_THREADS="1")
     rows = sweep([teacher(tiny(), steps=[2, 1], guidance=2.0)], Path(folder), images=IMAGES, metrics=METRICS, batch=4)
