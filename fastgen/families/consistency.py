@@ -261,7 +261,7 @@ class AdversarialConsistency(Consistency):
             estimate, target = self.meet(chain)
             t = self.seen_at(chain.s)
         fake, real = (self.critic(*self.seen(x, chain, t)) for x in (estimate, target))
-        return {"hinge": hinge_critic(real, fake)}
+        return {"hinge": hinge_critic(real, fake, t)}
 
     @property
     def is_adversarial(self) -> bool:

@@ -322,7 +322,7 @@ class AdversarialProgression(ProgressiveDistillation):
             fake = Guided(self.student, self.told)(xt, times[0], condition).at(times[-1]).to(xt.dtype)
         (shown, faked), level = self.views([self.taught(xt, times, condition), fake], times[-1])
         real_logits, fake_logits = critic([shown, faked], level, condition, xt, times[0])
-        terms = {"gan": nonsaturating_critic(real_logits, fake_logits)}
+        terms = {"gan": nonsaturating_critic(real_logits, fake_logits, level)}
         if self.r1_weight:
             penalty = approximate_r1(lambda x: critic([x], level, condition, xt, times[0])[0], shown, real_logits)
             terms["r1"] = self.r1_weight * penalty

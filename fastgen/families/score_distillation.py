@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgen.critics import ScoreCritic
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
-from fastgen.losses import denoising, distribution_matching, shared_choice, uniform_times
+from fastgen.losses import denoising, distribution_matching, record_scores, shared_choice, uniform_times
 from fastgen.method import Batch, Loss, Method, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction, Process, unshift_time
@@ -156,7 +156,10 @@ class ScoreDistillation(Method):
         with torch.no_grad():
             xs = prediction.at(s)
             xt = self.process.diffuse(xs, torch.randn_like(xs), s, t)
-            return fake(xt, t, condition).x0, self.teacher(xt, t, condition).x0
+            estimates = fake(xt, t, condition).x0, self.teacher(xt, t, condition).x0
+            clean = s.view(-1, *[1] * (xs.ndim - 1)) == 0  # Elsewhere the estimates are of another x0.
+            record_scores(torch.where(clean, prediction.x0, torch.nan), *estimates, t)
+            return estimates
 
     def times_after(self, s: float, count: int, high: float) -> Tensor:
         """`count` times between the later of `s` and `low`, and `high`, uniform but for `noise_shift`."""

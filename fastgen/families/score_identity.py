@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgen.denoiser import Condition, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
-from fastgen.losses import denoising, logit_normal_times, snr, uniform_times, wide
+from fastgen.losses import denoising, logit_normal_times, record_scores, snr, uniform_times, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction, Process
@@ -139,6 +139,8 @@ class ScoreIdentity(ScoreDistillation):
         fake = self.judged(self.fake_scales[1])(xt, t, condition, features=features)
         real = self.teacher(xt, t, condition).x0
         weight = time_weight(self.weight, self.process, t, x, real)
+        if self.fake_scales[0] == self.fake_scales[1]:  # else it judges otherwise than it has learnt to denoise
+            record_scores(x, fake.x0, real, t)
         return score_identity(x, fake.x0, real, self.alpha, weight), fake, weight
 
 

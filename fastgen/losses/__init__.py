@@ -15,6 +15,7 @@ from fastgen.losses.contrast import contrast, distribution_matching, pull
 from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
 from fastgen.losses.distances import distance, pseudo_huber, snr, squared, wide
 from fastgen.losses.draws import logit_normal_times, shared_choice, shared_uniform, uniform_times
+from fastgen.losses.readings import listen, record_scores
 
 __all__ = [
     "approximate_r1",
@@ -30,12 +31,14 @@ __all__ = [
     "least_squares_student",
     "level_denoising",
     "level_target",
+    "listen",
     "logit_normal_times",
     "noised",
     "nonsaturating_critic",
     "nonsaturating_student",
     "pseudo_huber",
     "pull",
+    "record_scores",
     "shared_choice",
     "shared_uniform",
     "snr",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.losses.distances import wide
+from fastgen.losses.readings import record_answers
+
+Times = Tensor | Sequence[Tensor] | None
+"""When a critic was shown real and fake samples [B], or a pair of such times; for readings alone."""
 
 
-def nonsaturating_critic(real: Tensor, fake: Tensor) -> Tensor:
+def nonsaturating_critic(real: Tensor, fake: Tensor, t: Times = None) -> Tensor:
     """What the critic minimises (Goodfellow et al. 2014): -log of the right answer, from logits where above zero means real."""
+    record_answers(real, fake, t)
     return F.softplus(wide(fake)).mean() + F.softplus(-wide(real)).mean()
 
 
@@ -21,8 +26,9 @@ def nonsaturating_student(fake: Tensor) -> Tensor:
     return F.softplus(-wide(fake)).mean()
 
 
-def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
+def hinge_critic(real: Tensor, fake: Tensor, t: Times = None) -> Tensor:
     """The critic's hinge loss (Lim and Ye 2017), from logits where above zero means real."""
+    record_answers(real, fake, t)
     return F.relu(1 + wide(fake)).mean() + F.relu(1 - wide(real)).mean()
 
 
@@ -31,8 +37,9 @@ def hinge_student(fake: Tensor) -> Tensor:
     return -wide(fake).mean()
 
 
-def least_squares_critic(real: Tensor, fake: Tensor) -> Tensor:
+def least_squares_critic(real: Tensor, fake: Tensor, t: Times = None) -> Tensor:
     """The critic's least squares (Mao et al. 2017): 1 for real, 0 for fake."""
+    record_answers(real, fake, t, threshold=0.5)
     return 0.5 * ((wide(real) - 1).square().mean() + wide(fake).square().mean())
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Condition, Predicts
 from fastgen.losses.distances import wide
+from fastgen.losses.readings import record_pull, record_scores
 
 
 def distribution_matching(
@@ -21,6 +22,7 @@ def distribution_matching(
     with torch.no_grad():
         xt = fake.process.add_noise(x, torch.randn_like(x), t)
         estimates = fake(xt, t, condition).x0, real(xt, t, condition, guidance=guidance).x0
+    record_scores(x, *estimates, t)
     return contrast(x, *estimates)
 
 
@@ -46,4 +48,5 @@ def pull(x: Tensor, gradient: Tensor) -> Tensor:
     """
     sample = wide(x)
     finite = torch.nan_to_num(gradient.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+    record_pull(x, finite)
     return 0.5 * F.mse_loss(sample, (sample - finite).detach())

@@ -73,7 +73,7 @@ class DMD2(ScoreDistillation):
         logits_fake, logits_real = self.critic.logits(prediction.features).chunk(2)
         return {
             "score": squared(prediction.output[: len(x)], self.process.target(prediction.kind, x, eps, t)),
-            "gan": self.critic_weight * nonsaturating_critic(logits_real, logits_fake),
+            "gan": self.critic_weight * nonsaturating_critic(logits_real, logits_fake, t),
         }
 
     def student_loss(self, batch: Batch) -> Loss:

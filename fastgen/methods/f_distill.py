@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from fastgen.errors import UserError
-from fastgen.losses import contrast, nonsaturating_student
+from fastgen.losses import contrast, nonsaturating_student, record_scores
 from fastgen.method import Batch, Loss
 from fastgen.methods.dmd2 import DMD2
 from fastgen.pipelines.base import Pipeline
@@ -81,6 +81,7 @@ class FDistill(DMD2):
         logits = self.critic.logits(fake.features)
         with torch.no_grad():
             real = self.teacher(xt, t, batch.condition).x0
+            record_scores(x, fake.x0, real, t)
             weight = self.weight(logits, t).view(-1, *[1] * (x.ndim - 1))
         return {
             "dmd": contrast(x, fake.x0, real, weight),

@@ -19,6 +19,7 @@ from fastgen.losses import (
     distribution_matching,
     least_squares_critic,
     least_squares_student,
+    listen,
     noised,
     shared_choice,
     uniform_times,
@@ -172,8 +173,9 @@ class Flash(Staged):
     def matching(self, x: Tensor, condition: Condition) -> Tensor:
         """Distribution matching with the student in the place of the fake score."""
         t, fake = uniform_times(self.process, len(x), device=x.device), Guided(self.student, self.told)
-        # The authors' square has no half in front of it.
-        return 2 * distribution_matching(x, t, condition, fake, self.guided(len(x)))
+        with listen(None):  # The student has not learnt to denoise what it makes, as a fake score has.
+            # The authors' square has no half in front of it.
+            return 2 * distribution_matching(x, t, condition, fake, self.guided(len(x)))
 
     def critic_loss(self, batch: Batch) -> Loss:
         assert self.critic is not None and batch.latents is not None
@@ -184,7 +186,7 @@ class Flash(Staged):
         t, eps = self.level(len(fake)).repeat(2), torch.randn_like(fake).repeat(2, *[1] * (fake.ndim - 1))
         xt = self.process.add_noise(torch.cat([fake, real.to(fake)]), eps, t)
         logits_fake, logits_real = self.critic(xt, t, Condition.cat([batch.condition, batch.condition])).chunk(2)
-        return {"gan": least_squares_critic(logits_real.sigmoid(), logits_fake.sigmoid())}
+        return {"gan": least_squares_critic(logits_real.sigmoid(), logits_fake.sigmoid(), t[: len(fake)])}
 
     def level(self, count: int) -> Tensor:
         """For each sample, one of the times at which the discriminator looks."""

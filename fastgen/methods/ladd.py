@@ -135,7 +135,7 @@ class LADD(Adversarial):
             samples, times, texts = [*samples, shown], [*times, t], [*texts, condition[torch.arange(len(real)).roll(1)]]
         logits = self.critic(torch.cat(samples), torch.cat(times), Condition.cat(texts)).chunk(len(samples))
         loss = hinge_critic if self.objective == "hinge" else nonsaturating_critic
-        terms = {"gan": loss(logits[0], logits[1])}
+        terms = {"gan": loss(logits[0], logits[1], (t, t_fake))}
         if mismatched:
             wrong = wide(logits[2])
             error = F.relu(1 + wrong) if self.objective == "hinge" else F.softplus(wrong)

@@ -66,11 +66,14 @@ class SanaSprint(ContinuousConsistency):
         with torch.no_grad():
             fake = self.generate(batch)
         real, condition = wide(batch.latents), batch.condition
-        fakes = self.critic(*self.shown(fake), condition)
+        faked, t_fake = self.shown(fake)
+        fakes = self.critic(faked, t_fake, condition)
         if self.mismatched and len(real) > 1:  # of one sample there is no other picture
-            others = self.critic(*self.shown(real.roll(1, 0)), condition)
-            fakes = torch.cat([fakes, others])
-        return {"critic": 0.5 * hinge_critic(self.critic(*self.shown(real), condition), fakes)}
+            mismatched, t_mismatched = self.shown(real.roll(1, 0))
+            fakes = torch.cat([fakes, self.critic(mismatched, t_mismatched, condition)])
+            t_fake = torch.cat([t_fake, t_mismatched])
+        shown, t = self.shown(real)
+        return {"critic": 0.5 * hinge_critic(self.critic(shown, t, condition), fakes, (t, t_fake))}
 
     def generate(self, batch: Batch) -> Tensor:
         """The student's clean estimates of noised data, a share of them of pure noise."""

@@ -101,7 +101,7 @@ class SiDFewStep(ScoreIdentity):
         features = self.judged(learns if learns == 0 else self.told)(real, t, condition, features=self.layers).features
         return {
             "score": squared(prediction.output, self.process.target(prediction.kind, x, eps, t)),
-            "gan": self.critic_weight / 2 * nonsaturating_critic(pooled(features), pooled(prediction.features)),
+            "gan": self.critic_weight / 2 * nonsaturating_critic(pooled(features), pooled(prediction.features), t),
         }
 
     def student_loss(self, batch: Batch) -> Loss:
