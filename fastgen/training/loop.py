@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,16 +24,16 @@ from fastgen.config import TrainConfig
 from fastgen.data.source import Source
 from fastgen.errors import UserError
 from fastgen.method import Method, Player
-from fastgen.training import checkpoint, optimizers
+from fastgen.training import checkpoint, optimizers, saving
 from fastgen.training.ema import EMA, course_of_decay
 from fastgen.training.grids import Grids
-from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank, wait
+from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank
 from fastgen.training.metrics import Averages, MetricsFile
 from fastgen.training.micro_batches import within_memory
 from fastgen.training.progress import Reporter
 from fastgen.training.random_state import random_state, set_random_state
 from fastgen.training.schedules import pace
-from fastgen.training.sharding import Sharding, cut, gradient_norm, hand_over, joined, own_parts
+from fastgen.training.sharding import Sharding, gradient_norm, hand_over, own_parts
 
 __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
@@ -273,84 +272,15 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------------
 
     def save(self) -> Path | None:
-        """Write a checkpoint of everything a resumed run needs, under the run directory."""
-        if self.run_directory is None:
-            return None
-        folder, main = self.run_directory / "checkpoints", rank() == 0
-        partial = checkpoint.begin(folder, self.step) if main else folder / f".step-{self.step:08d}.partial"
-        wait()
-        checkpoint.write(partial, f"random-{rank():05d}", random_state(self.device))
-        wait()
-        self.sharding.reshard()
-        if main or self.sharding:  # the parts of sharded weights are gathered by all
-            state: dict[str, Any] = {
-                "step": self.step,
-                "total": self.total,
-                "started": self.started,
-                "processes": processes(),
-                "threads": torch.get_num_threads(),
-                "data": self.data.state(),
-                "averages": self.averages.state(),
-                "ema": None if self.ema is None else self.ema.updates,
-                "scalers": {turn.player.name: turn.scaler.state_dict() for turn in self.turns},
-                "micro_batches": self.micro_batches,
-                "skipped": {turn.player.name: [int(turn.skipped), int(turn.in_a_row)] for turn in self.turns},
-            }
-            tensors: dict[str, Tensor] = {}
-            state["method"] = checkpoint.split(self.method.state(), "method", tensors)
-            self.put(partial, "method", tensors)
-            optimizers = state["optimizers"] = {}
-            for turn in self.turns:
-                name, tensors = turn.player.name, {}
-                optimizers[name] = checkpoint.pack_optimizer(turn.optimizer, tensors)
-                self.put(partial, f"optimizer-{name}", joined(turn.weights, tensors))
-                self.put(partial, f"player-{name}", checkpoint.weights_of(turn.player.weights))
-            if self.ema is not None:
-                self.put(partial, "ema", self.ema.tensors())
-            if main:
-                checkpoint.finish(partial, state, self.texts, keep=self.options.keep_checkpoints)
-        wait()
-        return folder / f"step-{self.step:08d}"
-
-    def put(self, partial: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-        if rank() == 0 or checkpoint.is_sharded(tensors):
-            checkpoint.write(partial, name, tensors)
+        """Write a checkpoint of everything a resumed run needs, under the run directory; None where there is none."""
+        return None if self.run_directory is None else saving.save(self, self.run_directory / "checkpoints")
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, bit by bit where the device and the number of threads and processes are the same.
 
         Raises UserError where it is broken, naming the file, or was written by other players.
         """
-        checkpoint.verify(path)
-        state = checkpoint.read_state(path)
-        self.sharding.reshard()
-        self.step, self.started = int(state["step"]), int(state["started"])
-        self.micro_batches = self.options.micro_batches or int(state.get("micro_batches", 1))
-        self.data.load_state(state["data"])
-        self.method.load_state(checkpoint.join(state["method"], checkpoint.read(path, "method")))
-        self.start_players()
-        self.started = int(state["started"])
-        names = [turn.player.name for turn in self.turns]
-        if sorted(names) != sorted(state["optimizers"]):
-            raise UserError(f"{path}: was written by players {sorted(state['optimizers'])}, but this run has {sorted(names)}")
-        for turn in self.turns:
-            name = turn.player.name
-            checkpoint.restore(checkpoint.weights_of(turn.player.weights), path, f"player-{name}")
-            moments = cut(turn.weights, checkpoint.read(path, f"optimizer-{name}"))
-            checkpoint.unpack_optimizer(turn.optimizer, state["optimizers"][name], moments)
-            if scaler := state.get("scalers", {}).get(name):
-                turn.scaler.load_state_dict(scaler)
-            turn.skipped.fill_(state["skipped"][name][0])
-            turn.in_a_row.fill_(state["skipped"][name][1])
-        self.ema = self.start_ema()
-        if self.ema is not None and state["ema"] is not None:
-            checkpoint.restore(self.ema.average, path, "ema")
-            self.ema.updates = int(state["ema"])
-        self.averages.load_state(state["averages"])
-        if (path / f"random-{rank():05d}.safetensors").is_file():
-            set_random_state(checkpoint.read(path, f"random-{rank():05d}"), self.device)
-        if self.metrics is not None:
-            self.metrics.cut(self.step)
+        saving.load(self, path)
 
 
 def over_processes(values: dict[str, float], device: torch.device) -> dict[str, float]:
