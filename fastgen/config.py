@@ -109,6 +109,12 @@ class TrainConfig(Checked):
     keep_checkpoints: int      = setting(2, "newest checkpoints kept; 0: all", at_least=0)
     sample_every: int          = setting(0, "updates between sample grids; 0: only at the end", at_least=0)
     sample_prompts: list[str]  = setting([], "prompts of the sample grids; empty: the first of the data's")
+    teacher_steps: int         = setting(50, "steps of the teacher's pictures beside the student's", at_least=1, at_most=1000)
+    quality_every: int         = setting(0, "updates between measurements of quality; 0: none", at_least=0)
+    quality_samples: int       = setting(64, "samples of a measurement of quality", at_least=8)
+    keep_best: bool            = setting(True, "keep the checkpoint of best quality apart; needs quality_every")
+    patience: int              = setting(0, "training ends after so many measurements without a better one; 0: no", at_least=0)
+    trackers: list[str]        = setting([], "where metrics also go: tensorboard, wandb, trackio")
     log_every: int             = setting(10, "updates between lines of metrics.jsonl", at_least=1)
     threads: int               = setting(0, "CPU threads; 0: chosen for this machine", at_least=0, at_most=1024)
 
@@ -118,6 +124,8 @@ class TrainConfig(Checked):
         chosen = [f"{name} = {value}" for name, value in averages.items() if value]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are kinds of one average; set one of them")
+        if self.patience and not self.quality_every:
+            raise UserError(f"patience = {self.patience} needs measurements of quality to wait for; set quality_every")
 
     def of(self, player: str) -> TrainConfig:
         """These settings with what `player` does otherwise laid over them."""
