@@ -157,12 +157,13 @@ class RunConfig(Checked):
             raise UserError("pipeline is empty; it must be a diffusers folder, a hub id, or 'toy'")
         for role, how in self.roles.items():
             if role not in ROLES:
-                raise UserError(f"roles.{role[:60]} is not a role{nearest(role, ROLES)}")
+                raise UserError(f"roles.{schema.printable(role, 60)} is not a role{nearest(role, ROLES)}")
             if how not in ("full", "lora"):
                 raise UserError(f"roles.{role} must be 'full' or 'lora', not {schema.shown(how)}")
         for role, rank in self.lora.ranks.items():
             if role not in ROLES or not 1 <= rank <= 4096:
-                raise UserError(f"lora.ranks.{role[:60]} = {rank} must be a rank, 1 to 4096, of {' or '.join(ROLES)}")
+                key = f"lora.ranks.{schema.printable(role, 60)}"
+                raise UserError(f"{key} = {rank} must be a rank, 1 to 4096, of {' or '.join(ROLES)}")
         self.roles = {"student": "full", **self.roles}
         for role in ROLES:
             if self.quantize != "none" and self.role(role) != "lora":

@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from fastgen.errors import UserError
 
-__all__ = ["Checked", "Source", "build", "default", "dump", "nearest", "read", "setting", "settings", "shown"]
+__all__ = ["Checked", "Source", "build", "default", "dump", "nearest", "printable", "read", "setting", "settings", "shown"]
 
 T = TypeVar("T")
 Keys = tuple[str, ...]
@@ -99,6 +99,12 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def printable(text: str, limit: int = 100) -> str:
+    """`text` on one line and safe to print: what is not printable is escaped, as in a string literal."""
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the option nearest to `word`, or the options when few, or nothing."""
     options = list(options)
@@ -123,7 +129,7 @@ class Source:
 
     def wrong(self, keys: Keys, problem: str, cause: BaseException | None = None) -> NoReturn:
         """Raise `UserError`: `problem` says what is wrong with the value at `keys`."""
-        raise UserError(f"{self.of(keys)}: {'.'.join(keys)[:100]} {problem}") from cause
+        raise UserError(f"{self.of(keys)}: {printable('.'.join(keys))} {problem}") from cause
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -148,12 +154,12 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
 
 
 def shown_error(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return printable((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
 def lay_over(tables: dict[str, Any], override: str, source: Source) -> None:
     """Set one `key=value` in `tables`; a table (`train={lr=1e-5}`) is merged into the one that is there."""
-    place = f"`{override if len(override) <= 60 else override[:57] + '...'}`"
+    place = f"`{printable(override, 60)}`"
     key, equals, text = override.partition("=")
     keys = tuple(part.strip() for part in key.split("."))
     if not equals or not all(BARE_KEY.fullmatch(part) for part in keys):
