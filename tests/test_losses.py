@@ -117,6 +117,19 @@ def test_contrast_survives_what_is_not_a_number() -> None:
     assert half.isfinite().all()
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_sample_that_is_no_number_is_not_pulled_and_the_others_are(wrong: float) -> None:
+    x, direction = torch.randn(2, 4, 6)
+    x[1, 3] = wrong
+    x.requires_grad_(True)
+    loss = losses.pull(x, direction)
+    (gradient,) = torch.autograd.grad(loss, x)
+    rest = [0, 2, 3]
+    assert loss.isfinite() and (gradient[1] == 0).all()
+    torch.testing.assert_close(gradient[rest], direction[rest] / x.numel())
+    torch.testing.assert_close(loss, 0.5 * direction[rest].square().sum() / x.numel())
+
+
 @pytest.mark.parametrize("delta", [-0.8, 0.3])
 @pytest.mark.parametrize("process", PROCESSES)
 def test_contrast_of_two_gaussians_is_the_divergences_derivative(process: str, delta: float) -> None:

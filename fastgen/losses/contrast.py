@@ -44,9 +44,12 @@ def contrast(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float = 1.0
 def pull(x: Tensor, gradient: Tensor) -> Tensor:
     """A loss whose gradient with respect to `x` is `gradient` over the number of elements, and zero where that is not finite.
 
-    Its value is half the mean square of `gradient`.
+    Its value is half the mean square of `gradient`. A sample that is itself not finite is not pulled, and the others are.
     """
     sample = wide(x)
+    broken = ~torch.isfinite(sample.detach()).reshape(len(x), -1).all(1).view(-1, *[1] * (x.ndim - 1))
+    sample = sample.masked_fill(broken, 0)
     finite = torch.nan_to_num(gradient.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+    finite = torch.where(broken, torch.zeros_like(finite), finite)
     record_pull(x, finite)
     return 0.5 * F.mse_loss(sample, (sample - finite).detach())
