@@ -46,8 +46,13 @@ class LoRAConfig(Checked):
 class DataConfig(Checked):
     """What the run learns from."""
 
-    prompts: str       = setting("", 'text file, one prompt a line; "toy": captions of the toy world')
-    images: str        = setting("", 'folder of pictures, captions in a .txt beside each; "toy": scenes drawn for the run')
+    prompts: str       = setting("", 'text file, one prompt a line, or captions of shards, of a dataset; "toy": the toy\'s')
+    images: str        = setting("", 'folder of pictures with .txt captions, .tar shards, dataset; "toy": scenes for the run')
+    split: str         = setting("train", "split of a dataset that has several")
+    image: str         = setting("", "column of a dataset with the pictures; empty: image, jpg, png or img")
+    caption: str       = setting("", "column of a dataset, or key of a shard's .json, with captions; empty: caption or text")
+    bad_samples: Literal["stop", "skip"] = setting("stop", "what is done about samples that cannot be read")
+    workers: int       = setting(0, "processes beside this one that decode pictures; 0: this one does", at_least=0, at_most=256)
     pool: int          = setting(4096, 'how many captioned scenes are drawn where the data is "toy"', at_least=1)
     height: int | None = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)
     width: int | None  = setting(None, 'pixels of what is trained, a multiple of 16; "none": the pipeline\'s own', at_least=16)

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -19,9 +19,11 @@ from safetensors import safe_open
 from fastgen.config import DataConfig
 from fastgen.data import cache as module
 from fastgen.data.cache import Cache, Rows, digest
-from fastgen.data.encoding import cache_images, cache_prompts, free_text_encoders, made_with, text_components
+from fastgen.data.encoding import cache_prompts, encode_pictures, free_text_encoders, made_with, text_components
 from fastgen.data.images import load_images
 from fastgen.data.pairs import pair_noise, teacher_sampler
+from fastgen.data.pictures import BadSamples, picture_file
+from fastgen.data.readers import Readers
 from fastgen.data.source import load_source
 from fastgen.denoiser import Condition, map_tensors
 from fastgen.errors import UserError
@@ -258,15 +260,28 @@ def test_latents_are_kept_and_a_changed_picture_is_encoded_again(sdxl: Pipeline,
     for i, path in enumerate(paths):
         Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(path)
 
-    def encoded(load: Any = lambda some: load_images(some, (64, 64))) -> torch.Tensor:
-        rows = cache_images(sdxl, paths, load, str(tmp_path / "cache"), size=(64, 64))
+    class Counting(Readers):
+        seen: ClassVar[list[str]] = []
+
+        def read(self, pictures: Any, size: tuple[int, int]) -> Any:
+            pictures = list(pictures)
+            self.seen += [each.path.name for each in pictures]
+            return super().read(pictures, size)
+
+    def encoded() -> torch.Tensor:
+        pictures = [picture_file(path) for path in paths]
+        Counting.seen.clear()
+        cache = str(tmp_path / "cache")
+        rows, kept = encode_pictures(sdxl, pictures, (64, 64), cache, readers=Counting(), bad=BadSamples())
+        assert isinstance(rows, Rows) and kept == [0, 1, 2]
         return rows.take(torch.arange(3)).inputs["latents"]
 
     first = encoded()
-    torch.testing.assert_close(first, sdxl.encode(load_images(paths, (64, 64))))
-    assert torch.equal(encoded(lambda some: pytest.fail("encoded a second time")), first)
+    torch.testing.assert_close(first, sdxl.encode(load_images([picture_file(path) for path in paths], (64, 64))))
+    assert torch.equal(encoded(), first) and not Counting.seen, "not a second time"
     Image.new("RGB", (64, 64), (0, 200, 0)).save(paths[1])
-    changed = encoded(lambda some: load_images(some, (64, 64)) if some == [paths[1]] else pytest.fail("more than the changed"))
+    changed = encoded()
+    assert Counting.seen == [paths[1].name], "no more than the changed"
     assert torch.equal(changed[[0, 2]], first[[0, 2]]) and not torch.equal(changed[1], first[1])
 
 

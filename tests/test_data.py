@@ -13,7 +13,8 @@ from PIL import Image
 from fastgen.config import DataConfig, load
 from fastgen.data.buckets import bucket_sizes, group_by_size
 from fastgen.data.encoding import at_once
-from fastgen.data.images import find_images, load_images
+from fastgen.data.images import load_images
+from fastgen.data.pictures import find_images, picture_file
 from fastgen.data.prompts import read_prompts
 from fastgen.data.source import Buckets, Source, load_source, toy_pool
 from fastgen.denoiser import Condition
@@ -63,8 +64,8 @@ def test_pictures_come_sorted_with_their_captions(tmp_path: Path) -> None:
     picture(tmp_path / "b.png", caption=" two\nlines ")
     picture(tmp_path / "a" / "c.JPG", caption="first")
     (tmp_path / "notes.md").write_text("no picture")
-    paths, captions = find_images(tmp_path)
-    assert [path.name for path in paths] == ["c.JPG", "b.png"] and captions == ["first", "two lines"]
+    pictures, captions = find_images(tmp_path)
+    assert [each.path.name for each in pictures] == ["c.JPG", "b.png"] and captions == ["first", "two lines"]
 
 
 def test_pictures_are_cropped_to_the_middle_and_put_on_white(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_pictures_are_cropped_to_the_middle_and_put_on_white(tmp_path: Path) -> 
     wide.paste((0, 0, 255), (20, 0, 40, 20))
     wide.save(tmp_path / "wide.png")
     clear = picture(tmp_path / "clear.png", colour=(0, 0, 0, 0))
-    images = load_images([tmp_path / "wide.png", clear], (8, 8))
+    images = load_images([picture_file(tmp_path / "wide.png"), picture_file(clear)], (8, 8))
     assert images.shape == (2, 3, 8, 8)
     assert images[0, :, 4, 4].tolist() == [-1, -1, 1], "blue, in [-1, 1], channels first"
     assert float(images[1].min()) == 1
@@ -93,7 +94,7 @@ def test_bad_pictures_are_named(tmp_path: Path) -> None:
     for data in (b"not a picture", whole[: len(whole) // 2], b""):
         lonely.write_bytes(data)
         with pytest.raises(UserError, match=r"two\.png: is not a readable picture"):
-            load_images([tmp_path / "one.png", lonely], (8, 8))
+            load_images([picture_file(tmp_path / "one.png"), picture_file(lonely)], (8, 8))
 
 
 # -- order ----------------------------------------------------------------------------------------
@@ -176,11 +177,11 @@ def test_pictures_go_to_the_nearest_shape(tmp_path: Path) -> None:
     turned = Image.new("RGB", (80, 40))
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
-    groups = group_by_size([*paths, tmp_path / "turned.jpg"], [(64, 64), (32, 64), (64, 32)])
+    groups = group_by_size([picture_file(each) for each in (*paths, tmp_path / "turned.jpg")], [(64, 64), (32, 64), (64, 32)])
     assert groups == {(32, 64): [0], (64, 32): [1, 3], (64, 64): [2]}, "height first; the last stands upright"
     (tmp_path / "bad.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"bad\.png: is not a readable picture"):
-        group_by_size([tmp_path / "bad.png"], [(64, 64)])
+        group_by_size([picture_file(tmp_path / "bad.png")], [(64, 64)])
 
 
 def buckets(**options: Any) -> Buckets:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from PIL import Image
-
-from fastgen.data.images import not_a_picture, picture_errors
+from fastgen.data.decode import measure, picture_errors
+from fastgen.data.pictures import BadSamples, Picture, not_a_picture
 
 __all__ = ["bucket_sizes", "group_by_size"]
 
 STEP = 64
 WIDEST = 2.0
-TRANSPOSED = frozenset({5, 6, 7, 8})  # values of EXIF's orientation that turn a picture on its side
 
 
 def bucket_sizes(height: int, width: int, *, step: int | None = None, widest: float = WIDEST) -> list[tuple[int, int]]:
@@ -31,20 +28,22 @@ def bucket_sizes(height: int, width: int, *, step: int | None = None, widest: fl
     return sorted(sizes)
 
 
-def group_by_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+def group_by_size(
+    pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]], bad: BadSamples | None = None
+) -> dict[tuple[int, int], list[int]]:
     """The positions of the pictures that each of `sizes` is nearest to in aspect ratio; sizes without any are left out.
 
-    Raises UserError naming a file that is not a readable picture.
+    Raises UserError, or tells `bad`, naming one that is not readable.
     """
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, path in enumerate(paths):
+    bad = bad or BadSamples()
+    for i, picture in enumerate(pictures):
         try:
-            with Image.open(path) as opened:
-                width, height = opened.size
-                if opened.getexif().get(0x0112) in TRANSPOSED:
-                    width, height = height, width
+            with picture.open() as content:
+                height, width = measure(content)
         except picture_errors as error:
-            raise not_a_picture(path, error) from error
+            bad.add(not_a_picture(picture, error))
+            continue
         ratio = math.log(height / width)
         nearest = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]))
         groups.setdefault(nearest, []).append(i)

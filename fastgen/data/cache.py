@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,16 @@ class Cache:
     def fill(
         self,
         keys: Sequence[str],
-        encode: Callable[[list[int]], Condition],
+        encode: Callable[[list[int]], Condition | None],
         *,
+        left_out: Collection[int] = (),
         rank: int = 0,
         processes: int = 1,
         say: Callable[[str], None] | None = None,
     ) -> Rows:
         """The samples of `keys`, with those that were missing made by `encode`, which is given their positions.
+
+        `encode` may put some of them into `left_out` and give samples of the others, None for none: the rows are without those.
 
         Each of `processes` makes its own share first and then whatever is missing still. Raises UserError where the folder
         cannot be written.
@@ -127,18 +130,20 @@ class Cache:
         parts = [unique[start : start + ROWS] for start in range(0, len(unique), ROWS)]
         told = time.monotonic()
         for part in [*parts[rank::processes], *parts]:
-            if all(key in self.places for key in part):
+            if all(key in self.places or first[key] in left_out for key in part):
                 continue
             self.look()
-            missing = [key for key in part if key not in self.places]
+            missing = [key for key in part if key not in self.places and first[key] not in left_out]
             if missing:
-                self.write(missing, encode([first[key] for key in missing]))
-                self.look()
+                samples = encode([first[key] for key in missing])
+                if samples is not None:
+                    self.write([key for key in missing if first[key] not in left_out], samples)
+                    self.look()
             if say is not None and time.monotonic() - told > SAY_SECONDS:
                 told = time.monotonic()
                 done = sum(key in self.places for key in unique)
                 say(f"{done} of {len(unique)} encoded into {self.folder}")
-        return Rows(self, keys)
+        return Rows(self, [key for key in keys if first[key] not in left_out])
 
     def write(self, keys: Sequence[str], samples: Condition) -> None:
         """One file of new samples."""

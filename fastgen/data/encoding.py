@@ -11,20 +11,32 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
 from fastgen import __version__
 from fastgen.data.cache import Cache, Rows, digest
+from fastgen.data.images import to_tensor
+from fastgen.data.pictures import BadSamples, Picture, identities
+from fastgen.data.readers import Readers
 from fastgen.denoiser import Condition
+from fastgen.errors import UserError
 from fastgen.pipelines.base import Pipeline
 
-__all__ = ["at_once", "cache_images", "cache_prompts", "encode_prompts", "free_text_encoders", "made_with", "text_components"]
+__all__ = [
+    "at_once",
+    "cache_prompts",
+    "encode_pictures",
+    "encode_prompts",
+    "free_text_encoders",
+    "made_with",
+    "text_components",
+]
 
 CHUNK = 64
 PIXELS_AT_ONCE = 2**20
@@ -67,32 +79,49 @@ def cache_prompts(
 
 
 @torch.no_grad()
-def cache_images(
+def encode_pictures(
     pipeline: Pipeline,
-    paths: Sequence[Path],
-    load: Callable[[Sequence[Path]], Tensor],
-    cache: str,
-    *,
+    pictures: Sequence[Picture],
     size: tuple[int, int],
+    cache: str | None,
+    *,
+    readers: Readers,
+    bad: BadSamples,
     rank: int = 0,
     processes: int = 1,
     say: Callable[[str], None] | None = None,
-) -> Rows:
-    """The latents of picture files, as `load` gives them scaled to `size` (height, width), in the folder `cache`.
-
-    A file is the same as long as its path, length and time of change are.
+) -> tuple[Tensor | Rows, list[int]]:
+    """The latents of pictures scaled and cropped to `size` (height, width), in memory or in the folder `cache`, and the
+    positions of those that there are latents of: all, but for those that `bad` was told of.
     """
-    names = [name for name, part in pipeline.diffusers.components.items() if isinstance(part, nn.Module)]
-    names = [name for name in names if "vae" in name or pipeline.diffusers.components[name] is pipeline.autoencoder]
-    shelf = Cache(cache, "latents", {**made_with(pipeline, names), "size": size})
-    number, states = at_once(size), [path.stat() for path in paths]
-    keys = [digest([str(path.absolute()), state.st_size, state.st_mtime_ns]) for path, state in zip(paths, states, strict=True)]
+    left_out: set[int] = set()
+    number = at_once(size)
 
-    def encode(index: list[int]) -> Condition:
-        parts = [[paths[i] for i in index[start : start + number]] for start in range(0, len(index), number)]
-        return Condition({"latents": torch.cat([pipeline.encode(load(part)).cpu() for part in parts])})
+    def encode(index: list[int]) -> Condition | None:
+        parts: list[Tensor] = []
+        waiting: list[np.ndarray] = []
+        for i, found in zip(index, readers.read((pictures[i] for i in index), size), strict=True):
+            if isinstance(found, UserError):
+                bad.add(found)
+                left_out.add(i)
+            else:
+                waiting.append(found)
+            if len(waiting) == number or (waiting and i == index[-1]):
+                parts.append(pipeline.encode(to_tensor(waiting).to(pipeline.device)).cpu())
+                waiting = []
+        return Condition({"latents": torch.cat(parts)}) if parts else None
 
-    return shelf.fill(keys, encode, rank=rank, processes=processes, say=say)
+    everything = range(len(pictures))
+    if cache is None:
+        found = encode(list(everything))
+        latents: Tensor | Rows = torch.empty(0) if found is None else found.inputs["latents"]
+    else:
+        names = [name for name, part in pipeline.diffusers.components.items() if isinstance(part, nn.Module)]
+        names = [name for name in names if "vae" in name or pipeline.diffusers.components[name] is pipeline.autoencoder]
+        shelf = Cache(cache, "latents", {**made_with(pipeline, names), "size": size})
+        keys = [digest(list(each)) for each in identities(pictures)]
+        latents = shelf.fill(keys, encode, left_out=left_out, rank=rank, processes=processes, say=say)
+    return latents, [i for i in everything if i not in left_out]
 
 
 # -- what an encoding depends on ---------------------------------------------------------------------

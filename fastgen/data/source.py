@@ -6,8 +6,7 @@ together - says everything about what comes next: a resumed run goes on with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from torch import Tensor
 from fastgen.config import TOY, DataConfig
 from fastgen.data.buckets import bucket_sizes, group_by_size
 from fastgen.data.cache import Rows, lean, pick
-from fastgen.data.encoding import CHUNK, at_once, cache_images, cache_prompts, encode_prompts
-from fastgen.data.images import find_images, load_images
+from fastgen.data.encoding import CHUNK, cache_prompts, encode_pictures, encode_prompts
+from fastgen.data.images import find_pictures, find_prompts
 from fastgen.data.pairs import make_pairs
-from fastgen.data.prompts import read_prompts
+from fastgen.data.pictures import BadSamples, Picture
+from fastgen.data.readers import Readers
 from fastgen.data.toy.captions import caption
 from fastgen.data.toy.scenes import render, sample_scenes
 from fastgen.denoiser import Condition
@@ -226,13 +226,15 @@ def toy_pool(number: int, seed: int, *, split: str = "train") -> tuple[Tensor, l
 
 def check_files(data: DataConfig, needs: Collection[Need]) -> None:
     """Raise UserError for prompts or pictures that a run needs and that are not there, before a model is loaded."""
+    bad = BadSamples(data.bad_samples)
     if "images" in needs:
         if not data.images:
-            raise UserError("data.images is missing; this method needs a folder of pictures with a .txt caption beside each")
+            wanted = "a folder of pictures with a .txt caption beside each, .tar shards, or a dataset"
+            raise UserError(f"data.images is missing; this method needs {wanted}")
         if data.images != TOY:
-            find_images(data.images)
+            find_pictures(data, bad)
     elif data.prompts != TOY:
-        read_prompts(data.prompts)
+        find_prompts(data, bad)
 
 
 def load_source(
@@ -255,21 +257,27 @@ def load_source(
     check_files(data, needs)
     pictured = "images" in needs
     toy = (data.images if pictured else data.prompts) == TOY
-    cache = None if toy else data.cache
+    cache, bad = None if toy else data.cache, BadSamples(data.bad_samples, say)
     share: dict[str, Any] = {"rank": rank, "processes": processes, "say": say}
     latents: Tensor | Rows | None = None
     if not pictured:
-        prompts = toy_pool(data.pool, seed)[1] if toy else read_prompts(data.prompts)
+        prompts = toy_pool(data.pool, seed)[1] if toy else find_prompts(data, bad)
     elif toy:
-        pictures, prompts = toy_pool(data.pool, seed)
-        latents = in_memory(pipeline, data.pool, lambda part: pictures[part].to(device))
+        images, prompts = toy_pool(data.pool, seed)
+        latents = in_memory(pipeline, images, device)
     else:
-        paths, prompts = find_images(data.images)
+        pictures, prompts = find_pictures(data, bad)
         size = image_size(pipeline, device)
-        if data.buckets:
-            placed: dict[str, Any] = {"seed": seed, "device": device, "pairs": data if "pairs" in needs else None, **share}
-            return load_buckets(pipeline, paths, prompts, bucket_sizes(*size), cache, **placed)
-        latents = encode_pictures(pipeline, paths, size, cache, device, share)
+        with Readers(data.workers) as readers:
+            reading: dict[str, Any] = {"readers": readers, "bad": bad, **share}
+            if data.buckets:
+                groups = group_by_size(pictures, bucket_sizes(*size), bad)
+                found = load_buckets(pipeline, pictures, prompts, groups, data, reading, share, seed, device, "pairs" in needs)
+                bad.tell(len(found), data.images)
+                return found
+            latents, kept = encode_pictures(pipeline, pictures, size, cache, **reading)
+        bad.tell(len(kept), data.images)
+        prompts = [prompts[i] for i in kept]
     if "pairs" in needs and not pictured:
         prompts = [prompts[i % len(prompts)] for i in range(data.pairs)]
     condition = encode_prompts(pipeline, prompts) if cache is None else cache_prompts(pipeline, prompts, cache, **share)
@@ -287,55 +295,43 @@ def load_source(
 
 def load_buckets(
     pipeline: Pipeline,
-    paths: Sequence[Path],
+    pictures: Sequence[Picture],
     prompts: Sequence[str],
-    sizes: Sequence[tuple[int, int]],
-    cache: str | None,
-    *,
+    groups: Mapping[tuple[int, int], list[int]],
+    data: DataConfig,
+    reading: Mapping[str, Any],
+    share: Mapping[str, Any],
     seed: int,
     device: torch.device | str,
-    pairs: DataConfig | None,
-    rank: int,
-    processes: int,
-    say: Callable[[str], None] | None,
+    paired: bool,
 ) -> Buckets:
-    """Pictures and their captions, each encoded at the one of `sizes` (height, width) that is nearest to its aspect ratio.
+    """Pictures and their captions, each encoded at the size (height, width) of the one of `groups` that it is in.
 
-    With `pairs` each caption also gets a teacher pair of that size.
+    If `paired` each caption also gets a teacher pair of that size.
     """
-    share: dict[str, Any] = {"rank": rank, "processes": processes, "say": say}
-    sources = []
-    for size, index in group_by_size(paths, sizes).items():
+    sources, cache = [], data.cache
+    for size, group in groups.items():
+        latents, kept = encode_pictures(pipeline, [pictures[i] for i in group], size, cache, **reading)
+        if not kept:
+            continue
+        index = [group[i] for i in kept]
         some = [prompts[i] for i in index]
-        latents = encode_pictures(pipeline, [paths[i] for i in index], size, cache, device, share)
         if cache is None:
             condition: Condition | Rows = encode_prompts(pipeline, some, size=size)
         else:
             condition = cache_prompts(pipeline, some, cache, size=size, **share)
         first = latents.take(torch.tensor([0])).inputs["latents"] if isinstance(latents, Rows) else latents
-        shape, made = tuple(first.shape[1:]), None
-        if pairs is not None:
-            made = make_pairs(pipeline, condition, some, pairs, seed=seed, cache=cache, bucket=(size, shape, index), **share)
-        sources.append(Source(condition, shape, latents, pairs=made, prompts=some, device=device))
-    return Buckets(sources, seed=seed, rank=rank, processes=processes)
-
-
-def encode_pictures(
-    pipeline: Pipeline,
-    paths: Sequence[Path],
-    size: tuple[int, int],
-    cache: str | None,
-    device: torch.device | str,
-    share: dict[str, Any],
-) -> Tensor | Rows:
-    """The latents of picture files cropped to `size`, in memory or in a cache."""
-    if cache is None:
-        return in_memory(pipeline, len(paths), lambda part: load_images(paths[part], size).to(device), at_once(size))
-    return cache_images(pipeline, paths, lambda some: load_images(some, size).to(device), cache, size=size, **share)
+        shape, pairs = tuple(first.shape[1:]), None
+        if paired:
+            bucket = (size, shape, index)
+            pairs = make_pairs(pipeline, condition, some, data, seed=seed, cache=cache, bucket=bucket, **share)
+        sources.append(Source(condition, shape, latents, pairs=pairs, prompts=some, device=device))
+    if not sources:
+        reading["bad"].tell(0, data.images)
+    return Buckets(sources, seed=seed, rank=share["rank"], processes=share["processes"])
 
 
 @torch.no_grad()
-def in_memory(pipeline: Pipeline, number: int, images: Callable[[slice], Tensor], together: int = CHUNK) -> Tensor:
-    """The latents of `number` images, encoded `together` at a time."""
-    parts = [slice(start, min(start + together, number)) for start in range(0, number, together)]
-    return torch.cat([pipeline.encode(images(part)).cpu() for part in parts])
+def in_memory(pipeline: Pipeline, images: Tensor, device: torch.device | str) -> Tensor:
+    """The latents of images, on the CPU."""
+    return torch.cat([pipeline.encode(some.to(device)).cpu() for some in images.split(CHUNK)])

@@ -3,8 +3,10 @@
     RUN/config.toml         the run as it was resolved
     RUN/environment.json    versions, machine, threads
     RUN/metrics.jsonl       a line every `train.log_every` updates
+    RUN/report.html         how it is going
     RUN/samples/            sample grids
     RUN/checkpoints/        step-00000040/, ...
+    RUN/best/               the checkpoint of best quality, where that is measured
 """
 
 from __future__ import annotations
@@ -20,36 +22,43 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.distributed as dist
 import transformers
 
 from fastgen import config as configuration
 from fastgen.config import TOY, RunConfig
+from fastgen.data.cache import digest
 from fastgen.data.encoding import free_text_encoders
-from fastgen.data.source import check_files, load_source
+from fastgen.data.source import Source, check_files, load_source
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.pipelines import LoraOptions, Pipeline, load_pipeline
 from fastgen.samplers import FewStep, even_times
 from fastgen.training import checkpoint as saved
+from fastgen.training.best import find_best
 from fastgen.training.ema import fill
 from fastgen.training.environment import describe_environment
 from fastgen.training.grids import Grids
 from fastgen.training.launch import Interrupted, available_cores, choose_threads, make_accelerator, processes, rank, wait
 from fastgen.training.loop import Trainer
 from fastgen.training.progress import Reporter
+from fastgen.training.quality import Quality
 from fastgen.training.random_state import seed_everything
 
 __all__ = ["LoadedRun", "distill", "load_run", "open_pipeline"]
 
 CONFIG, ENVIRONMENT = "config.toml", "environment.json"
-OURS = ("metrics.jsonl", "samples", "checkpoints", ENVIRONMENT)
+OURS = ("metrics.jsonl", "samples", "checkpoints", "best", ENVIRONMENT)
 TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
     f"train.{key}"
-    for key in ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads", "sharding")
-) | {"data.cache", "offload"}
+    for key in (
+        *("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads", "sharding"),
+        *("teacher_steps", "quality_every", "quality_samples", "keep_best", "patience", "trackers"),
+    )
+) | {"data.cache", "data.workers", "offload"}
 """What a resumed run may do otherwise: none of it changes what is learned."""
 
 
@@ -72,7 +81,8 @@ def distill(
     UserError for whatever is the user's to put right; nothing of another run is overwritten.
     """
     output, text = Path(output), config.to_toml()
-    accelerator = make_accelerator(config.train.precision, device, trackers=trackers, folder=output)
+    wanted = list(dict.fromkeys([*config.train.trackers, *trackers]))
+    accelerator = make_accelerator(config.train.precision, device, trackers=wanted, folder=output)
     start = where_to_start(config, text, output, resume)
     place = torch.device(device) if device else accelerator.device
     reporter = Reporter(quiet=quiet or rank() > 0)
@@ -87,15 +97,19 @@ def distill(
         reporter.say("encoding the data")
         share: dict[str, Any] = {"rank": rank(), "processes": processes(), "say": reporter.say}
         data = load_source(pipeline, config.data, config.method.needs, seed=config.seed, device=place, **share)
-        grids = None
+        agree(data, place)
+        grids, quality = None, None
         if rank() == 0 or config.train.sharding != "none":  # What is sharded is sampled by all.
             prompts = config.train.sample_prompts or list(dict.fromkeys(data.prompts))[:GRID_PROMPTS]
             # What fits in training fits in sampling; a CPU has the memory for more at once.
             size = 16 if place.type == "cpu" else config.train.batch // (config.train.micro_batches or config.train.batch)
-            teacher = FewStep(even_times(50, pipeline.process), guidance=teacher_guidance(config.method, pipeline))
-            grids = Grids(
-                pipeline, output / "samples", prompts, at_once=size, teacher=teacher, autocast=accelerator.autocast
-            )
+            times = even_times(config.train.teacher_steps, pipeline.process)
+            teacher = FewStep(times, guidance=teacher_guidance(config.method, pipeline))
+            drawn: dict[str, Any] = {"at_once": size, "teacher": teacher, "autocast": accelerator.autocast}
+            grids = Grids(pipeline, output / "samples", prompts, **drawn)
+            if config.train.quality_every:
+                every = list(dict.fromkeys(data.prompts)) or prompts
+                quality = Quality(pipeline, output / "samples", every, samples=config.train.quality_samples, **drawn)
         free_text_encoders(pipeline)
         seed_everything(config.seed + 1_000_003 * rank())
         trainer = Trainer(
@@ -106,6 +120,7 @@ def distill(
             device=place,
             accelerator=accelerator,
             grids=grids,
+            quality=quality,
             reporter=reporter,
             texts={CONFIG: text},
         )
@@ -122,17 +137,26 @@ def distill(
         write_text(output / CONFIG, text)
         write_text(output / ENVIRONMENT, json.dumps(describe_environment(place, processes()), indent=1))
     wait()
-    accelerator.init_trackers("fastgen", config=tracked(text))
+    trainer.trackers.start("fastgen", tracked(text))
     try:
         trainer.fit()
     except Interrupted as interrupted:
         reporter.say(f"{interrupted}; the same command goes on from there")
         return interrupted.status
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        trainer.trackers.finish()
     reporter.say(f"done: {output}")
     return 0
+
+
+def agree(data: Source, device: torch.device) -> None:
+    """Raise UserError where the processes have found different data, whose batches would not belong together."""
+    if processes() > 1:
+        number = int(digest(data.prompts)[:12], 16)
+        ends = torch.tensor([number, -number], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends.tolist() != [number, -number]:
+            raise UserError("the processes have found different data; every one must be able to read all of it, and alike")
 
 
 def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offline: bool = False) -> Pipeline:
@@ -303,7 +327,7 @@ def load_run(
     device: torch.device | str = "cpu",
     offline: bool = False,
 ) -> LoadedRun:
-    """The student of a run directory, from its newest checkpoint or the one given.
+    """The student of a run directory, from its newest checkpoint or the one given; "best" is the one of best quality.
 
     Its weights are the averaged ones where the run has an average, unless `ema` is false. Raises UserError where there is no
     run or no checkpoint, and names a broken file.
@@ -311,7 +335,7 @@ def load_run(
     run = Path(run)
     if not (run / CONFIG).is_file():
         raise UserError(f"{run}: is not a run's directory (it has no {CONFIG})")
-    path = newest(run) if checkpoint is None else Path(checkpoint)
+    path = newest(run) if checkpoint is None else find_best(run) if str(checkpoint) == "best" else Path(checkpoint)
     saved.verify(path)
     config = configuration.load(path / CONFIG)
     # What adapters learnt on a reduced base is for the base itself.
