@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,33 @@ from fastgen.errors import UserError
 from fastgen.training.launch import rank
 from fastgen.training.sharding import part_like, whole
 
-__all__ = ["begin", "choose", "find", "finish", "latest_good", "read", "read_state", "restore", "verify", "weights_of", "write"]
+__all__ = [
+    "Unwritable",
+    "abandon",
+    "begin",
+    "choose",
+    "find",
+    "finish",
+    "latest_good",
+    "read",
+    "read_state",
+    "restore",
+    "verify",
+    "weights_of",
+    "write",
+]
 
 STATE, MANIFEST = "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
+PART = re.compile(r"\w[\w.-]*")
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
+
+
+class Unwritable(UserError):
+    """A checkpoint could not be written: the disk is full or forbidden. What was there before is whole."""
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -56,12 +74,20 @@ def begin(folder: Path, step: int) -> Path:
     return partial
 
 
-def write(partial: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Add `name`.safetensors to a checkpoint that was begun; where a tensor is sharded, all processes do so together."""
+def write(partial: Path, name: str, tensors: Mapping[str, Tensor], *, gather_only: bool = False) -> None:
+    """Add `name`.safetensors to a checkpoint that was begun; where a tensor is sharded, all processes do so together.
+
+    `gather_only`: write nothing, but take part in gathering what is sharded. Raises UserError for a name that would lead out of
+    the folder, Unwritable where the disk refuses.
+    """
+    if not PART.fullmatch(name):
+        raise UserError(f"{name!r} cannot be the name of a file; give the player a name of letters, digits, '_', '.' and '-'")
     path = partial / f"{name}.safetensors"
     try:
         if is_sharded(tensors):
-            write_whole(path, tensors)
+            write_whole(path, tensors, rank() == 0 and not gather_only)
+        elif gather_only:
+            return
         else:
             save_file(apart(tensors), path)
             flush(path)
@@ -74,8 +100,8 @@ def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
-def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Gather sharded tensors one at a time, which bounds the memory, and let the first process write them to `path`.
+def write_whole(path: Path, tensors: Mapping[str, Tensor], here: bool) -> None:
+    """Gather sharded tensors one at a time, which bounds the memory; the process that is told `here` writes them to `path`.
 
     A safetensors file is the length of a header (8 bytes, little-endian), the header (JSON: dtype, shape and place of every
     tensor), and the tensors' bytes. A process that cannot write still gathers, so that the others do not wait for it for ever.
@@ -91,20 +117,22 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     failed: OSError | None = None
-    with path.open("wb") if rank() == 0 else nullcontext() as file:
-        for i, name in enumerate(names):
-            value = whole(tensors[name])
-            if file is None or failed:
-                continue
+    if here:
+        try:
+            path.write_bytes(len(text).to_bytes(8, "little") + text)
+        except OSError as error:
+            failed = error
+    for name in names:
+        value = whole(tensors[name])
+        if here and not failed:
             try:
-                if i == 0:
-                    file.write(len(text).to_bytes(8, "little") + text)
-                file.write(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                with path.open("ab") as file:
+                    file.write(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             except OSError as error:
                 failed = error
     if failed:
         raise failed
-    if rank() == 0:
+    if here:
         flush(path)
 
 
@@ -139,16 +167,23 @@ def finish(partial: Path, state: Mapping[str, Any], texts: Mapping[str, str] | N
             final.rename(folder / f".{final.name}.old")
         partial.rename(final)
         flush(folder)
-        for old in (*folder.glob(".step-*.old"), *(find(folder.parent)[:-keep] if keep else ())):
+        for old in find(folder.parent)[:-keep] if keep else ():
+            old.rename(folder / f".{old.name}.old")  # Half removed, it would look like a broken checkpoint.
+        for old in folder.glob(".step-*.old"):
             shutil.rmtree(old)
     except OSError as error:
         raise unwritable(folder, error) from error
     return final
 
 
-def unwritable(path: Path, error: Exception) -> UserError:
+def abandon(partial: Path) -> None:
+    """Remove a checkpoint that was begun and cannot be finished: on a full disk its files are in the way."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def unwritable(path: Path, error: Exception) -> Unwritable:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return UserError(f"{path}: cannot be written ({reason}); free some space there or choose another --output")
+    return Unwritable(f"{path}: cannot be written ({reason}); free some space there or choose another --output")
 
 
 def flush(path: Path) -> None:
