@@ -247,7 +247,7 @@ def test_a_whole_run(tmp_path: Path, duel: Any) -> None:
     folder = tmp_path / "runs" / "x"
     assert run.distill(duel(), folder, device="cpu", quiet=True) == 0
     assert sorted(each.name for each in folder.iterdir()) == [
-        "checkpoints", "config.toml", "environment.json", "metrics.jsonl", "samples",
+        "checkpoints", "config.toml", "environment.json", "metrics.jsonl", "report.html", "samples",
     ]  # fmt: skip
     assert (folder / "samples" / "step-00000004.png").exists()
     environment = json.loads((folder / "environment.json").read_text())

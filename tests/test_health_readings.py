@@ -56,7 +56,7 @@ def test_what_processes_have_recorded_is_added_up() -> None:
     one, two = Readings(), Readings()
     one.add("a", torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.9]))
     two.add("a", torch.tensor([5.0]), torch.tensor([0.1]))
-    other = torch.cat(list(two.sums.values())).double()
+    other = torch.cat(list(two.sums.values()))
     assert one.take(lambda mine: mine + other)["a"].sums == (6.0, 0.0, 0.0, 2.0)
 
 

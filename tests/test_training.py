@@ -204,7 +204,7 @@ def test_a_step_without_a_number_is_skipped_and_counted() -> None:
 
 def test_training_stops_in_one_sentence_when_no_step_is_finite() -> None:
     loop = trainer(Duel(poison=tuple(range(3, 99))), replace(OPTIONS, steps=99))
-    with pytest.raises(UserError, match=rf"'student' was not finite {SKIP_LIMIT} times in a row, up to update 23.*train\.lr"):
+    with pytest.raises(UserError, match=rf"'student' was not finite {SKIP_LIMIT} times in a row.*train\.lr.*after update 22"):
         loop.fit()
     assert loop.step == 22
 
@@ -298,7 +298,8 @@ def test_grids_show_the_averaged_student_and_leave_everything_as_it_was(tmp_path
     assert Image.open(grids.draw(method, 40, loop.ema)).tobytes() == averaged, "the same prompts, noise and weights every time"
     assert Image.open(grids.draw(method, 41)).tobytes() != averaged
     assert sorted(each.name for each in (tmp_path / "samples").iterdir()) == [
-        f"step-000000{step}.{kind}" for step in (40, 41) for kind in ("json", "png")
+        *(f"step-000000{step}.{kind}" for step in (40, 41) for kind in ("json", "png")),
+        "teacher.safetensors",
     ]
     with loop.ema.applied(method.trained):  # type: ignore[union-attr]
         student = grids.sample(method.trained, method.sampler())

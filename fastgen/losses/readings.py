@@ -81,7 +81,7 @@ class Readings:
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        together = torch.cat([self.sums[name] for name in names]).double()
+        together = torch.cat([self.sums[name] for name in names])
         rows = (joint(together) if joint else together).tolist()
         found, start = {}, 0
         for name in names:

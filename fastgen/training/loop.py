@@ -8,7 +8,6 @@ several optimisers alternate.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,17 +22,23 @@ from torch.distributed.tensor import DTensor
 from fastgen.config import TrainConfig
 from fastgen.data.source import Source
 from fastgen.errors import UserError
+from fastgen.losses.readings import listen
 from fastgen.method import Method, Player
-from fastgen.training import checkpoint, optimizers, saving
+from fastgen.training import best, checkpoint, optimizers, saving
+from fastgen.training.calls import Calls
 from fastgen.training.ema import EMA, course_of_decay
 from fastgen.training.grids import Grids
+from fastgen.training.health import Health, sampled, update_size
 from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank
 from fastgen.training.metrics import Averages, MetricsFile
 from fastgen.training.micro_batches import within_memory
 from fastgen.training.progress import Reporter
+from fastgen.training.quality import Quality
 from fastgen.training.random_state import random_state, set_random_state
+from fastgen.training.report import write_report
 from fastgen.training.schedules import pace
 from fastgen.training.sharding import Sharding, gradient_norm, hand_over, own_parts
+from fastgen.training.trackers import Trackers
 
 __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
@@ -80,16 +85,21 @@ class Trainer:
         device: torch.device | str | None = None,
         accelerator: Accelerator | None = None,
         grids: Grids | None = None,
+        quality: Quality | None = None,
         reporter: Reporter | None = None,
         texts: Mapping[str, str] | None = None,
     ):
         """`run_directory` is where metrics and checkpoints go; without one nothing is written. `texts` (file name to content)
         are put into every checkpoint. `device` is accelerate's choice by default. `reporter` says nothing by default.
+        `quality` is measured every `options.quality_every` updates.
         """
         self.method, self.data, self.options, self.run_directory = method, data, options, run_directory
         self.accelerator = accelerator or make_accelerator(options.precision, device)
         self.device = torch.device(device) if device else self.accelerator.device
         self.grids, self.reporter, self.texts = grids, reporter or Reporter(quiet=True), dict(texts or {})
+        self.quality, self.calls, self.best = quality, Calls(), best.Best(options.patience, self.device)
+        self.health = Health(self.reporter.say)
+        self.trackers = Trackers(self.accelerator, self.reporter.say)
         self.step, self.total, self.started = 0, options.steps, 0
         self.micro_batches = options.micro_batches or 1
         self.averages = Averages()
@@ -116,6 +126,8 @@ class Trainer:
             skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
             scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
             self.turns.append(Turn(player, weights, parts, optimizer, options, skipped, in_a_row, scaler))
+        if self.quality is not None:
+            self.calls.follow(self.method.trained, getattr(self.method.sampler(), "times", ()))
 
     def start_ema(self) -> EMA | None:
         decay = course_of_decay(self.options, self.options.batch * processes())
@@ -138,18 +150,43 @@ class Trainer:
         """
         self.reporter.start(self.step, self.total)
         with self.reporter, Interrupts() as interrupts:
-            while self.step < self.total:
+            while self.step < self.total and not self.best.exhausted:
                 self.update()
-                losses = self.log() if self.is_due(self.options.log_every) else None
+                seen, options = self.look(), self.options
+                shown, saving = self.is_due(options.sample_every), self.is_due(options.checkpoint_every)
+                losses = self.log(seen) if shown or self.measures or self.is_due(options.log_every) else None
                 self.reporter.advance(self.step, losses)
-                if self.grids is not None and self.is_due(self.options.sample_every):
-                    self.sharding.reshard()
-                    self.grids.draw(self.method, self.step, self.ema)
+                better = self.measures and self.best.add(seen.get("quality", 0.0))
+                better = better and options.keep_best
                 caught = interrupts.agreed(self.device)
-                if caught or self.is_due(self.options.checkpoint_every):
-                    self.save()
+                if caught or saving or better or self.best.exhausted:
+                    saved = self.save()
+                    if saved is not None and better and rank() == 0:
+                        best.keep(saved, saved.parents[1])
+                if self.run_directory is not None and rank() == 0 and (shown or self.measures or saving):
+                    write_report(self.run_directory)
                 if caught:
                     raise Interrupted(caught, self.step)
+                if self.best.exhausted:
+                    self.reporter.say(f"update {self.step}: no better quality in {self.best.waited} measurements (train.patience)")
+
+    def look(self) -> dict[str, float]:
+        """What pictures and samples say, where they are due: grids are drawn, quality is measured."""
+        seen: dict[str, float] = {}
+        if self.grids is not None and self.is_due(self.options.sample_every):
+            self.sharding.reshard()
+            self.grids.draw(self.method, self.step, self.ema)
+            seen |= self.grids.seen
+        if self.quality is not None and self.measures:
+            self.sharding.reshard()
+            seen |= self.quality.measure(self.method, self.ema, self.calls)
+        return seen
+
+    @property
+    def measures(self) -> bool:
+        """Whether quality is measured after this update."""
+        there = self.quality is not None or rank() > 0  # Others than the first process only hear of it.
+        return there and self.options.quality_every > 0 and self.is_due(self.options.quality_every)
 
     def is_due(self, every: int) -> bool:
         """Whether what happens every so many updates, and at the end, happens now."""
@@ -188,7 +225,7 @@ class Trainer:
         player, measured = turn.player, []
         for _ in range(parts):
             batch = self.data.batch(self.options.batch // parts)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), listen(self.health.readings):
                 terms = player.loss(batch)
             loss = sum(terms.values(), torch.zeros((), device=self.device)) / parts
             self.accelerator.backward(turn.scaler.scale(loss))
@@ -232,12 +269,16 @@ class Trainer:
         bad = 1 - torch.isfinite(norm).float()
         for group in turn.optimizer.param_groups:
             group["lr"] = turn.lr * self.pace(self.step)
+        logged = (self.step + 1) % options.log_every == 0
+        before = sampled(turn.parts) if logged else []
         optimizers.step(turn.optimizer, bad)
+        if logged:
+            self.averages.add(f"{turn.player.name}/update_size", update_size(before, turn.parts, norm))
         turn.scaler.update()
         turn.skipped += bad
         turn.in_a_row = (turn.in_a_row + 1) * bad
         self.averages.add(f"{turn.player.name}/gradient_norm", norm)
-        if self.device.type == "cpu" or (self.step + 1) % self.options.log_every == 0:
+        if self.device.type == "cpu" or logged:
             self.check(turn)
 
     def check(self, turn: Turn) -> None:
@@ -255,8 +296,10 @@ class Trainer:
         length = self.method.stage_end(step, self.total) - self.started
         return pace(options.schedule, done, length, warmup=options.warmup, cooldown=options.cooldown)
 
-    def log(self) -> dict[str, float]:
-        """The means since the last line, written to the metrics and to the trackers."""
+    def log(self, seen: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The means since the last line and the readings, also of what was `seen`, written to the metrics and the trackers."""
+        seen = seen or {}
+        moved = {turn.player.name: self.averages.count(f"{turn.player.name}/gradient_norm") for turn in self.turns}
         values = over_processes(self.averages.take(), self.device)
         for turn in self.turns:
             self.check(turn)
@@ -264,9 +307,11 @@ class Trainer:
                 values[f"{turn.player.name}/skipped"] = skipped
         values["lr"] = self.options.lr * self.pace(self.step - 1)
         values |= {f"{turn.player.name}/lr": turn.lr * self.pace(self.step - 1) for turn in self.turns if turn.has_own_lr}
+        readings, colours = self.health.line(self.step, values, seen, moved, joint_sum if processes() > 1 else None)
+        values |= readings | ({"quality": seen["quality"]} if "quality" in seen else {})
         if self.metrics is not None:
-            self.metrics.write(self.step, {**values, "time": round(time.time(), 2)})
-        self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=self.step)
+            self.metrics.write(self.step, {**values, "time": round(time.time(), 2)}, colours)
+        self.trackers.log(values, self.step)
         return values
 
     # -- checkpoints ------------------------------------------------------------------------------
@@ -281,6 +326,12 @@ class Trainer:
         Raises UserError where it is broken, naming the file, or was written by other players.
         """
         saving.load(self, path)
+
+
+def joint_sum(values: Tensor) -> Tensor:
+    """The sum over the processes."""
+    dist.all_reduce(values)
+    return values
 
 
 def over_processes(values: dict[str, float], device: torch.device) -> dict[str, float]:

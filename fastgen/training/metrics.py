@@ -39,6 +39,10 @@ class Averages:
         self.sums, self.counts = {}, {}
         return means
 
+    def count(self, name: str) -> int:
+        """How often a name was added since the last call of `take`."""
+        return self.counts.get(name, 0)
+
     def state(self) -> dict[str, Any]:
         return {name: [float(total), self.counts[name]] for name, total in self.sums.items()}
 
@@ -48,14 +52,15 @@ class Averages:
 
 
 class MetricsFile:
-    """One JSON object a line, "step" first; what is not finite is null."""
+    """One JSON object a line, "step" first; what is not finite is null; "health" names the readings that are not green."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float], health: Mapping[str, str] | None = None) -> None:
         """Append a line, on disk when this returns."""
-        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        line: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step, **line, **({"health": dict(health)} if health else {})}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -45,6 +45,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
             "threads": torch.get_num_threads(),
             "data": trainer.data.state(),
             "averages": trainer.averages.state(),
+            "health": trainer.health.state(),
             "ema": None if trainer.ema is None else trainer.ema.updates,
             "scalers": {turn.player.name: turn.scaler.state_dict() for turn in trainer.turns},
             "micro_batches": trainer.micro_batches,
@@ -100,7 +101,10 @@ def load(trainer: Trainer, path: Path) -> None:
         checkpoint.restore(trainer.ema.average, path, "ema")
         trainer.ema.updates = int(state["ema"])
     trainer.averages.load_state(state["averages"])
+    trainer.health.load_state(state.get("health", {}), trainer.device)
     if (path / f"random-{rank():05d}.safetensors").is_file():
         set_random_state(checkpoint.read(path, f"random-{rank():05d}"), trainer.device)
     if trainer.metrics is not None:
         trainer.metrics.cut(trainer.step)
+        trainer.health.recall(trainer.metrics.path)
+    trainer.best.recall(None if trainer.metrics is None else trainer.metrics.path)
