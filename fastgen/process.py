@@ -121,6 +121,11 @@ class VP(Process):
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(self.angle(t)).to(t.dtype)
 
+    def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        angle = self.angle(t.view(t.shape + (1,) * (x.ndim - t.ndim)))  # once for both
+        return torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
+
     def time_at(self, ratio: Tensor) -> Tensor:
         angles = self.angles.to(ratio.device)
         angle = torch.atan(ratio.double()).clamp(0, float(angles[-1])).contiguous()

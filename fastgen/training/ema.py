@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,6 +36,10 @@ class EMA:
             name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             for name, weight in self.weights.items()
         }
+
+    def follows(self, weights: Sequence[Tensor]) -> bool:
+        """Whether some of `weights` are averaged here."""
+        return not {id(weight) for weight in self.weights.values()}.isdisjoint(id(weight) for weight in weights)
 
     @torch.no_grad()
     def update(self) -> None:
