@@ -86,13 +86,13 @@ def any_broken(tensors: Iterator[Tensor] | list[Tensor | None] | list[Tensor], l
 
 
 def why_skipped(
-    player: str, times: int, update: int, counts: Mapping[str, int], terms: Mapping[str, Tensor], *, lr: float, precision: str
+    player: str, times: int, counts: Mapping[str, int], terms: Mapping[str, Tensor], *, lr: float, precision: str
 ) -> str:
-    """The likely cause of a player's gradients that were not finite so many times in a row, up to `update`, in one sentence.
+    """The likely cause of a player's gradients that were not finite so many times in a row, in one sentence.
 
     `terms` are the sums of its losses since the last line of metrics.
     """
-    text = f"the gradient of player '{player}' was not finite {times} times in a row, up to update {update}: "
+    text = f"the gradient of player '{player}' was not finite {times} times in a row: "
     broken = [name for name in INPUTS if counts[name]]
     if broken:
         names = " and ".join(f"`{name}`" for name in broken)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,11 +17,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
 from fastgen.errors import UserError
 
 __all__ = ["Interrupted", "Interrupts", "choose_threads", "make_accelerator", "processes", "rank", "wait"]
+
+PATIENCE = timedelta(minutes=30)
+"""How long processes wait for one that does not answer, as the others do while the first draws pictures or saves."""
 
 
 def make_accelerator(
@@ -38,7 +42,7 @@ def make_accelerator(
         "cpu": device is not None and torch.device(device).type == "cpu",
         "mixed_precision": "no" if precision == "fp32" else precision,
         # Cached casts would be kept for every network that a loss calls: as much memory again as the weights.
-        "kwargs_handlers": [AutocastKwargs(cache_enabled=False)],
+        "kwargs_handlers": [AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
         "log_with": list(trackers) or None,
         "project_dir": folder,
     }

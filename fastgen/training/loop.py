@@ -9,9 +9,11 @@ several optimisers alternate.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ from fastgen.method import Method, Player
 from fastgen.training import best, checkpoint, optimizers, saving
 from fastgen.training.calls import Calls
 from fastgen.training.ema import EMA, course_of_decay
+from fastgen.training.faults import SKIP_LIMIT, Blame, disk_refused, losses_of_processes_told, why_skipped
 from fastgen.training.grids import Grids
 from fastgen.training.health import Health, sampled, update_size
 from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank
@@ -42,7 +45,6 @@ from fastgen.training.trackers import Trackers
 
 __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
-SKIP_LIMIT = 20
 BUCKET = 2**26
 
 
@@ -59,6 +61,7 @@ class Turn:
     options: TrainConfig
     skipped: Tensor
     in_a_row: Tensor
+    blame: Blame  # for those in a row
     scaler: torch.amp.GradScaler  # of losses in fp16; else it does nothing
 
     @property
@@ -102,6 +105,7 @@ class Trainer:
         self.trackers = Trackers(self.accelerator, self.reporter.say)
         self.step, self.total, self.started = 0, options.steps, 0
         self.micro_batches = options.micro_batches or 1
+        self.unsaved = 0  # checkpoints in a row that could not be written
         self.averages = Averages()
         self.metrics = MetricsFile(run_directory / "metrics.jsonl") if run_directory and rank() == 0 else None
         optimizers.check_options(options, method)
@@ -125,7 +129,7 @@ class Trainer:
             optimizer = optimizers.make_optimizer(parts, options, options.lr)
             skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
             scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-            self.turns.append(Turn(player, weights, parts, optimizer, options, skipped, in_a_row, scaler))
+            self.turns.append(Turn(player, weights, parts, optimizer, options, skipped, in_a_row, Blame(device), scaler))
         if self.quality is not None:
             self.calls.follow(self.method.trained, getattr(self.method.sampler(), "times", ()))
 
@@ -149,38 +153,50 @@ class Trainer:
         Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written, and UserError when training has broken down.
         """
         self.reporter.start(self.step, self.total)
-        with self.reporter, Interrupts() as interrupts:
+        with self.reporter, Interrupts() as interrupts, losses_of_processes_told(self.whereabouts):
             while self.step < self.total and not self.best.exhausted:
                 self.update()
                 seen, options = self.look(), self.options
-                shown, saving = self.is_due(options.sample_every), self.is_due(options.checkpoint_every)
+                shown, due = self.is_due(options.sample_every), self.is_due(options.checkpoint_every)
                 losses = self.log(seen) if shown or self.measures or self.is_due(options.log_every) else None
                 self.reporter.advance(self.step, losses)
                 better = self.measures and self.best.add(seen.get("quality", 0.0))
                 better = better and options.keep_best
                 caught = interrupts.agreed(self.device)
-                if caught or saving or better or self.best.exhausted:
-                    saved = self.save()
+                if caught or due or better or self.best.exhausted:
+                    saved = saving.try_to_save(self, bool(caught) or self.best.exhausted or self.step == self.total)
                     if saved is not None and better and rank() == 0:
-                        best.keep(saved, saved.parents[1])
-                if self.run_directory is not None and rank() == 0 and (shown or self.measures or saving):
-                    write_report(self.run_directory)
+                        self.tolerant(partial(best.keep, saved, saved.parents[1]))
+                if self.run_directory is not None and rank() == 0 and (shown or self.measures or due):
+                    self.tolerant(partial(write_report, self.run_directory))
                 if caught:
                     raise Interrupted(caught, self.step)
                 if self.best.exhausted:
-                    self.reporter.say(f"update {self.step}: no better quality in {self.best.waited} measurements (train.patience)")
+                    self.reporter.say(
+                        f"update {self.step}: no better quality in {self.best.waited} measurements (train.patience)"
+                    )
 
     def look(self) -> dict[str, float]:
         """What pictures and samples say, where they are due: grids are drawn, quality is measured."""
         seen: dict[str, float] = {}
         if self.grids is not None and self.is_due(self.options.sample_every):
             self.sharding.reshard()
-            self.grids.draw(self.method, self.step, self.ema)
+            self.tolerant(partial(self.grids.draw, self.method, self.step, self.ema))
             seen |= self.grids.seen
         if self.quality is not None and self.measures:
             self.sharding.reshard()
             seen |= self.quality.measure(self.method, self.ema, self.calls)
         return seen
+
+    def tolerant(self, write: Callable[[], object]) -> None:
+        """Do what writes what a run can do without; a disk that refuses it is told of."""
+        if problem := disk_refused(write):
+            self.reporter.say(f"update {self.step}: {problem}; training goes on")
+
+    def whereabouts(self) -> str:
+        """How far the run is and what is left of it if it ends now."""
+        last = checkpoint.latest_good(self.run_directory) if self.run_directory else None
+        return f"after update {self.step}; " + (f"the last checkpoint is {last}" if last else "nothing was saved")
 
     @property
     def measures(self) -> bool:
@@ -199,11 +215,11 @@ class Trainer:
             self.start_players()
             self.share_weights()  # those of a player that comes with the stage are drawn by every process for itself
             self.ema = self.start_ema()
-        for turn in self.turns:
-            if (self.step + 1) % turn.player.every == 0:
-                self.move(turn)
+        movers = [turn for turn in self.turns if (self.step + 1) % turn.player.every == 0]
+        for turn in movers:
+            self.move(turn)
         self.sharding.reshard()
-        if self.ema is not None:
+        if self.ema is not None and any(self.ema.follows(turn.weights) for turn in movers):
             self.ema.update()
         self.step += 1
 
@@ -228,6 +244,7 @@ class Trainer:
             with self.accelerator.autocast(), listen(self.health.readings):
                 terms = player.loss(batch)
             loss = sum(terms.values(), torch.zeros((), device=self.device)) / parts
+            turn.blame.look(batch, loss)
             self.accelerator.backward(turn.scaler.scale(loss))
             measured += [(f"{player.name}/{name}", term.detach()) for name, term in terms.items()]
         for name, term in measured:
@@ -264,31 +281,28 @@ class Trainer:
         options = turn.options
         turn.scaler.unscale_(turn.optimizer)
         norm = gradient_norm(turn.weights, turn.parts).to(turn.skipped.device)
-        if options.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(turn.parts, options.max_grad_norm, norm)
-        bad = 1 - torch.isfinite(norm).float()
         for group in turn.optimizer.param_groups:
             group["lr"] = turn.lr * self.pace(self.step)
         logged = (self.step + 1) % options.log_every == 0
         before = sampled(turn.parts) if logged else []
-        optimizers.step(turn.optimizer, bad)
+        bad = optimizers.step(turn.optimizer, norm, options.max_grad_norm)
         if logged:
             self.averages.add(f"{turn.player.name}/update_size", update_size(before, turn.parts, norm))
         turn.scaler.update()
         turn.skipped += bad
         turn.in_a_row = (turn.in_a_row + 1) * bad
+        turn.blame.end_turn(bad)
         self.averages.add(f"{turn.player.name}/gradient_norm", norm)
         if self.device.type == "cpu" or logged:
             self.check(turn)
 
     def check(self, turn: Turn) -> None:
+        """Raise UserError, with the likely cause, where too many steps in a row were skipped."""
         if turn.in_a_row >= SKIP_LIMIT:
-            saved = self.run_directory and checkpoint.latest_good(self.run_directory)
-            raise UserError(
-                f"the gradient of player '{turn.player.name}' was not finite {int(turn.in_a_row)} times in a row, up to update "
-                f"{self.step + 1}: train.lr = {turn.options.lr:g} is too high or an input is not a number; "
-                + (f"the last checkpoint is {saved}" if saved else "nothing was saved")
-            )
+            options, counts = turn.options, turn.blame.counts()
+            known: dict[str, Any] = {"lr": options.lr, "precision": options.precision}
+            why = why_skipped(turn.player.name, int(turn.in_a_row), counts, self.averages.sums, **known)
+            raise UserError(f"{why}; the run stops {self.whereabouts()}")
 
     def pace(self, step: int) -> float:
         """What the learning rates are multiplied by in update `step`: a rise, then a fall over the method's present stage."""
@@ -299,10 +313,11 @@ class Trainer:
     def log(self, seen: Mapping[str, float] | None = None) -> dict[str, float]:
         """The means since the last line and the readings, also of what was `seen`, written to the metrics and the trackers."""
         seen = seen or {}
+        for turn in self.turns:
+            self.check(turn)
         moved = {turn.player.name: self.averages.count(f"{turn.player.name}/gradient_norm") for turn in self.turns}
         values = over_processes(self.averages.take(), self.device)
         for turn in self.turns:
-            self.check(turn)
             if skipped := int(turn.skipped):
                 values[f"{turn.player.name}/skipped"] = skipped
         values["lr"] = self.options.lr * self.pace(self.step - 1)
@@ -310,7 +325,8 @@ class Trainer:
         readings, colours = self.health.line(self.step, values, seen, moved, joint_sum if processes() > 1 else None)
         values |= readings | ({"quality": seen["quality"]} if "quality" in seen else {})
         if self.metrics is not None:
-            self.metrics.write(self.step, {**values, "time": round(time.time(), 2)}, colours)
+            line = {**values, "time": round(time.time(), 2)}
+            self.tolerant(partial(self.metrics.write, self.step, line, colours))
         self.trackers.log(values, self.step)
         return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -56,16 +57,27 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.waiting: list[str] = []  # lines that the disk has refused so far
 
     def write(self, step: int, values: Mapping[str, float], health: Mapping[str, str] | None = None) -> None:
-        """Append a line, on disk when this returns."""
+        """Append a line, on disk when this returns.
+
+        Raises UserError where the disk refuses. The line is then written with the next, and no half of it is left.
+        """
         line: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step, **line, **({"health": dict(health)} if health else {})}
+        self.waiting.append(json.dumps(line) + "\n")
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            with self.path.open("ab", buffering=0) as file:
+                whole, text = file.tell(), "".join(self.waiting).encode()
+                try:
+                    if file.write(text) < len(text):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(whole)
+                    raise
+            self.waiting = []
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 

@@ -9,32 +9,101 @@ state.json      counts and positions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastgen.errors import UserError
 from fastgen.training import checkpoint
-from fastgen.training.launch import processes, rank, wait
+from fastgen.training.faults import SAVE_TRIES
+from fastgen.training.launch import processes, rank
 from fastgen.training.random_state import random_state, set_random_state
 from fastgen.training.sharding import cut, joined
 
 if TYPE_CHECKING:
     from fastgen.training.loop import Trainer
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "try_to_save"]
 
 
 def save(trainer: Trainer, folder: Path) -> Path:
-    """Write a checkpoint of everything a resumed run needs into `folder`; all processes do so together."""
+    """Write a checkpoint of everything a resumed run needs into `folder`; all processes do so together.
+
+    Raises Unwritable in all of them where the disk refuses in one; then nothing is left of it.
+    """
+    writing = Writing(folder / f".step-{trainer.step:08d}.partial", trainer.device)
+    if rank() == 0:
+        writing.attempt(lambda: checkpoint.begin(folder, trainer.step))
+    writing.agree()
+    writing.attempt(lambda: checkpoint.write(writing.partial, f"random-{rank():05d}", random_state(trainer.device)))
+    writing.agree()
+    write_state(trainer, writing)
+    writing.agree()
+    return folder / f"step-{trainer.step:08d}"
+
+
+def try_to_save(trainer: Trainer, needed: bool) -> Path | None:
+    """Save; a disk that refuses is told of, and tried again when the next checkpoint is due.
+
+    Raises UserError where it refuses `SAVE_TRIES` times in a row, or once where the checkpoint is `needed`: at the end.
+    """
+    try:
+        saved = trainer.save()
+    except checkpoint.Unwritable as problem:
+        trainer.unsaved += 1
+        text = f"no checkpoint could be written {trainer.whereabouts()}: {problem}"
+        if needed or trainer.unsaved >= SAVE_TRIES:
+            raise UserError(text) from problem
+        trainer.reporter.say(f"{text}; training goes on, and tries again when the next is due")
+        return None
+    trainer.unsaved = 0
+    return saved
+
+
+class Writing:
+    """A checkpoint that all processes write together: what the disk refused to one of them, and that the others hear of it."""
+
+    def __init__(self, partial: Path, device: torch.device):
+        self.partial, self.device = partial, device
+        self.problem: checkpoint.Unwritable | None = None
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Do what writes, unless something went wrong before."""
+        try:
+            if self.problem is None:
+                write()
+        except checkpoint.Unwritable as problem:
+            self.problem = problem
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a part; what is sharded is gathered even if nothing can be written any more, since the others wait for that."""
+        if rank() == 0 or checkpoint.is_sharded(tensors):
+            try:
+                checkpoint.write(self.partial, name, tensors, gather_only=self.problem is not None)
+            except checkpoint.Unwritable as problem:
+                self.problem = problem
+
+    def agree(self) -> None:
+        """Wait for all processes; raise Unwritable in all where one has met a problem, and remove what was written."""
+        failed = 0 if self.problem is None else rank() + 1
+        if processes() > 1:
+            flag = torch.tensor(failed, device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            failed = int(flag)
+        if not failed:
+            return
+        if rank() == 0:
+            checkpoint.abandon(self.partial)
+        raise self.problem or checkpoint.Unwritable(f"{self.partial.parent}: cannot be written by process {failed - 1}")
+
+
+def write_state(trainer: Trainer, writing: Writing) -> None:
+    """Everything but the random generators."""
     main = rank() == 0
-    partial = checkpoint.begin(folder, trainer.step) if main else folder / f".step-{trainer.step:08d}.partial"
-    wait()
-    checkpoint.write(partial, f"random-{rank():05d}", random_state(trainer.device))
-    wait()
     trainer.sharding.reshard()
     if main or trainer.sharding:  # the parts of sharded weights are gathered by all
         state: dict[str, Any] = {
@@ -49,28 +118,24 @@ def save(trainer: Trainer, folder: Path) -> Path:
             "ema": None if trainer.ema is None else trainer.ema.updates,
             "scalers": {turn.player.name: turn.scaler.state_dict() for turn in trainer.turns},
             "micro_batches": trainer.micro_batches,
-            "skipped": {turn.player.name: [int(turn.skipped), int(turn.in_a_row)] for turn in trainer.turns},
+            "skipped": {
+                turn.player.name: [int(turn.skipped), int(turn.in_a_row), *turn.blame.turns.tolist()] for turn in trainer.turns
+            },
         }
         tensors: dict[str, Tensor] = {}
         state["method"] = checkpoint.split(trainer.method.state(), "method", tensors)
-        put(partial, "method", tensors)
+        writing.put("method", tensors)
         optimizers = state["optimizers"] = {}
         for turn in trainer.turns:
             name, tensors = turn.player.name, {}
             optimizers[name] = checkpoint.pack_optimizer(turn.optimizer, tensors)
-            put(partial, f"optimizer-{name}", joined(turn.weights, tensors))
-            put(partial, f"player-{name}", checkpoint.weights_of(turn.player.weights))
+            writing.put(f"optimizer-{name}", joined(turn.weights, tensors))
+            writing.put(f"player-{name}", checkpoint.weights_of(turn.player.weights))
         if trainer.ema is not None:
-            put(partial, "ema", trainer.ema.tensors())
+            writing.put("ema", trainer.ema.tensors())
         if main:
-            checkpoint.finish(partial, state, trainer.texts, keep=trainer.options.keep_checkpoints)
-    wait()
-    return folder / f"step-{trainer.step:08d}"
-
-
-def put(partial: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    if rank() == 0 or checkpoint.is_sharded(tensors):
-        checkpoint.write(partial, name, tensors)
+            keep = trainer.options.keep_checkpoints
+            writing.attempt(lambda: checkpoint.finish(writing.partial, state, trainer.texts, keep=keep))
 
 
 def load(trainer: Trainer, path: Path) -> None:
@@ -96,6 +161,8 @@ def load(trainer: Trainer, path: Path) -> None:
             turn.scaler.load_state_dict(scaler)
         turn.skipped.fill_(state["skipped"][name][0])
         turn.in_a_row.fill_(state["skipped"][name][1])
+        if places := state["skipped"][name][2:]:
+            turn.blame.turns.copy_(torch.tensor(places))
     trainer.ema = trainer.start_ema()
     if trainer.ema is not None and state["ema"] is not None:
         checkpoint.restore(trainer.ema.average, path, "ema")
