@@ -74,7 +74,7 @@ class DataConfig(Checked):
 
 
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
-Optimizer = Literal["adamw", "adamw8bit", "adafactor", "muon"]
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "muon", "came"]
 
 
 @dataclass
@@ -96,7 +96,7 @@ class TrainConfig(Checked):
     batch: int                 = setting(16, "samples per update on each process", at_least=1)
     micro_batches: int         = setting(1, "parts of a batch, one after another: more need less memory; 0: found", at_least=0)
     gradient_checkpointing: bool = setting(False, "compute blocks again in the backward pass: less memory, more time")
-    optimizer: Optimizer       = setting("adamw", '"muon": AdamW for all but matrices; "adamw8bit" needs bitsandbytes')
+    optimizer: Optimizer       = setting("adamw", '"muon": AdamW for all but matrices; "adamw8bit", "came": with their extras')
     lr: float                  = setting(1e-5, "learning rate; Adafactor's is relative to a weight's size", above=0, at_most=10)
     weight_decay: float        = setting(0.0, "decoupled weight decay", at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's moment decays", at_least=0, below=1)

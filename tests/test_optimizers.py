@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import sys
@@ -28,8 +29,10 @@ from fastgen.training.schedules import pace
 from tests.training_fakes import Duel, FakePipeline, fake_source, same, weights
 
 OPTIONS = TrainConfig(steps=6, batch=4, lr=1e-2, log_every=1, checkpoint_every=0)
-NAMES = ["adamw", "adamw8bit", "adafactor", "muon"]
-NONE, ALL = torch.tensor(0.0), torch.tensor(1.0)
+CAME_THERE = importlib.util.find_spec("pytorch_optimizer") is not None
+came_only = pytest.mark.skipif(not CAME_THERE, reason="pytorch-optimizer is not installed")
+NAMES = ["adamw", "adamw8bit", "adafactor", "muon", pytest.param("came", marks=came_only)]
+NONE, ALL = torch.tensor(1.0), torch.tensor(math.nan)  # norms: a good one, and one of which nothing moves
 
 
 def trainer(method: Duel | None = None, options: TrainConfig = OPTIONS, **more: Any) -> Trainer:
@@ -147,10 +150,36 @@ def test_eight_bits_are_eight_bits_and_near_to_adamw() -> None:
     assert 0 < apart < 0.1 * moved
 
 
+@came_only
+def test_came_is_the_papers() -> None:
+    """Algorithm 2 of arXiv:2307.02047 on a matrix, with AdamW's decoupled decay."""
+    some = [nn.Parameter(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))]
+    optimizer = make_optimizer(some, replace(OPTIONS, optimizer="came", weight_decay=0.1, betas=(0.8, 0.99)), 1e-2)
+    theta, m = some[0].detach().double(), torch.zeros(5, 4, dtype=torch.float64)
+    r, c, big_r, big_c = torch.zeros(5), torch.zeros(4), torch.zeros(5), torch.zeros(4)
+    for seed in range(4):
+        draw_gradients(some, seed)
+        g = some[0].grad.double()  # type: ignore[union-attr]
+        r, c = (0.99 * old + 0.01 * (g**2 + 1e-30).mean(over) for old, over in ((r, 1), (c, 0)))
+        u = g / (r[:, None] * c / r.mean()).sqrt()
+        u = u / max(1.0, float(u.square().mean().sqrt()))
+        m = 0.8 * m + 0.2 * u
+        doubt = (u - m) ** 2 + 1e-16
+        big_r, big_c = (0.9999 * old + 0.0001 * doubt.mean(over) for old, over in ((big_r, 1), (big_c, 0)))
+        theta = theta * (1 - 1e-2 * 0.1) - 1e-2 * m / (big_r[:, None] * big_c / big_r.mean()).sqrt()
+        step(optimizer, NONE)
+        torch.testing.assert_close(some[0].detach().double(), theta, rtol=1e-4, atol=1e-5)
+    held = sum(value.numel() for value in optimizer.state[some[0]].values() if isinstance(value, Tensor) and value.ndim)
+    assert held == 5 * 4 + 2 * (5 + 4), "one moment whole, the others by rows and columns"
+
+
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r'train\.optimizer = "adamw8bit" needs bitsandbytes; pip install'):
         make_optimizer(some_weights(), replace(OPTIONS, optimizer="adamw8bit"), 1e-2)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(UserError, match=r'train\.optimizer = "came" needs pytorch-optimizer; pip install'):
+        make_optimizer(some_weights(), replace(OPTIONS, optimizer="came"), 1e-2)
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(UserError, match=r'"muon" needs torch 2\.9'):
         make_optimizer(some_weights(), replace(OPTIONS, optimizer="muon"), 1e-2)
@@ -232,10 +261,31 @@ def test_the_bad_step_is_decided_without_waiting_where_that_can_be(monkeypatch: 
     for name, times in (("adamw", 0), ("muon", 1)):
         waited.clear()
         optimizer = make_optimizer(some, replace(OPTIONS, optimizer=name), 1e-2)
-        flag = torch.tensor(1.0)
         draw_gradients(some)
-        optimizers.step(optimizer, flag)
+        before = [weight.clone() for weight in some]
+        flag = optimizers.step(optimizer, torch.tensor(math.inf), 1.0)
         assert sum(each is flag for each in waited) == times
+        assert flag.item() == 1 and all(torch.equal(a, b) for a, b in zip(some, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_clipping_is_torchs_own(name: str) -> None:
+    """Also where the fused optimiser does it: gradients of norm 3 to norm 1, and gradients below that untouched."""
+    for size, most in ((3.0, 1.0), (0.5, 1.0), (3.0, None)):
+        weights = [some_weights(), some_weights()]
+        ours, theirs = (make_optimizer(each, replace(OPTIONS, optimizer=name), 1e-2) for each in weights)
+        for _ in range(3):
+            draw_gradients(weights[0])
+            factor = size / torch.nn.utils.get_total_norm([weight.grad for weight in weights[0]])
+            for mine, other in zip(*weights, strict=True):
+                mine.grad *= factor
+                other.grad = mine.grad.clone()
+            optimizers.step(ours, torch.nn.utils.get_total_norm([weight.grad for weight in weights[0]]), most)
+            if most:
+                torch.nn.utils.clip_grad_norm_(weights[1], most)
+            theirs.step()
+            for mine, other in zip(*weights, strict=True):
+                torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
 
 
 # -- schedules ------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ adamw8bit   bitsandbytes' AdamW, moments in 8 bits by blocks (Dettmers et al. 20
 adafactor   torch's Adafactor, second moments in rows and columns (Shazeer and Stern 2018, arXiv:1804.04235)
 muon        torch's Muon for matrices, scaled so that AdamW's learning rates hold (Liu et al. 2025, arXiv:2502.16982,
             section 2.2), and AdamW for every other weight
+came        pytorch-optimizer's CAME, second moments in rows and columns, smaller steps where they are unsure (Luo et al. 2023,
+            arXiv:2307.02047, algorithm 2); what says how sure decays by the paper's 0.9999
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from fastgen.training.launch import processes
 
 __all__ = ["MuonWithAdamW", "check_options", "make_optimizer", "step"]
 
+SURENESS = 0.9999
 STAGE_PLAYERS = ("student", "critic", "fake_score")  # whom a later stage of a method may bring
 
 
@@ -49,6 +52,8 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainConfig, lr: fl
         return eight_bit(weights, lr, betas, decay)
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(weights, lr=lr, weight_decay=decay)
+    if options.optimizer == "came":
+        return came(weights, lr, betas, decay)
     if options.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(f'train.optimizer = "muon" needs torch 2.9 or newer, not {torch.__version__}')
     if options.optimizer == "muon" and any(weight.ndim == 2 for weight in weights):
@@ -56,17 +61,26 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainConfig, lr: fl
     return torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
-def step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """One step, or none where `bad` (a scalar on the weights' device) is 1: neither weights nor moments move.
+def step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None = None) -> Tensor:
+    """One step with gradients of the whole norm `norm`, clipped to `max_norm`; or none, where the norm is not finite: neither
+    weights nor moments move. Gives 1 where it was not, else 0 (a scalar on the norm's device).
 
-    A fused AdamW decides that on the device. The others must wait for the number: once a step, whatever the number of weights.
+    A fused AdamW does all that in its own pass over the gradients. The others must wait for the number: once a step, whatever
+    the number of weights.
     """
+    bad = 1 - torch.isfinite(norm).float()
     if optimizer.defaults.get("fused"):
-        # What torch's GradScaler sets: a fused optimiser leaves weights and moments alone where it is 1.
+        # What torch's GradScaler sets: gradients are divided by one, and nothing moves where the other is 1.
+        if max_norm:
+            optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_min(1)  # type: ignore[attr-defined]
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         optimizer.step()
     elif not bool(bad):
+        if max_norm:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
         optimizer.step()
+    return bad
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -97,6 +111,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # the trainer has no closure to give
         for part in self.parts:
             part.step()
+
+
+def came(weights: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+    """CAME with weight decay decoupled, as AdamW has it; weights of fewer than two dimensions keep whole second moments."""
+    try:
+        from pytorch_optimizer import CAME
+    except ImportError as error:
+        cure = "pip install 'fastgen-diffusion[came]'"
+        raise UserError(f'train.optimizer = "came" needs pytorch-optimizer; {cure}') from error
+    return cast(torch.optim.Optimizer, CAME(weights, lr=lr, betas=(*betas, SURENESS), weight_decay=weight_decay))
 
 
 def eight_bit(
