@@ -32,7 +32,7 @@ OPTIONS = TrainConfig(steps=6, batch=4, lr=1e-2, log_every=1, checkpoint_every=0
 CAME_THERE = importlib.util.find_spec("pytorch_optimizer") is not None
 came_only = pytest.mark.skipif(not CAME_THERE, reason="pytorch-optimizer is not installed")
 NAMES = ["adamw", "adamw8bit", "adafactor", "muon", pytest.param("came", marks=came_only)]
-NONE, ALL = torch.tensor(0.0), torch.tensor(1.0)
+NONE, ALL = torch.tensor(1.0), torch.tensor(math.nan)  # norms: a good one, and one of which nothing moves
 
 
 def trainer(method: Duel | None = None, options: TrainConfig = OPTIONS, **more: Any) -> Trainer:
@@ -261,10 +261,31 @@ def test_the_bad_step_is_decided_without_waiting_where_that_can_be(monkeypatch: 
     for name, times in (("adamw", 0), ("muon", 1)):
         waited.clear()
         optimizer = make_optimizer(some, replace(OPTIONS, optimizer=name), 1e-2)
-        flag = torch.tensor(1.0)
         draw_gradients(some)
-        optimizers.step(optimizer, flag)
+        before = [weight.clone() for weight in some]
+        flag = optimizers.step(optimizer, torch.tensor(math.inf), 1.0)
         assert sum(each is flag for each in waited) == times
+        assert flag.item() == 1 and all(torch.equal(a, b) for a, b in zip(some, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_clipping_is_torchs_own(name: str) -> None:
+    """Also where the fused optimiser does it: gradients of norm 3 to norm 1, and gradients below that untouched."""
+    for size, most in ((3.0, 1.0), (0.5, 1.0), (3.0, None)):
+        weights = [some_weights(), some_weights()]
+        ours, theirs = (make_optimizer(each, replace(OPTIONS, optimizer=name), 1e-2) for each in weights)
+        for _ in range(3):
+            draw_gradients(weights[0])
+            factor = size / torch.nn.utils.get_total_norm([weight.grad for weight in weights[0]])
+            for mine, other in zip(*weights, strict=True):
+                mine.grad *= factor
+                other.grad = mine.grad.clone()
+            optimizers.step(ours, torch.nn.utils.get_total_norm([weight.grad for weight in weights[0]]), most)
+            if most:
+                torch.nn.utils.clip_grad_norm_(weights[1], most)
+            theirs.step()
+            for mine, other in zip(*weights, strict=True):
+                torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
 
 
 # -- schedules ------------------------------------------------------------------------------------

@@ -61,17 +61,26 @@ def make_optimizer(weights: Sequence[nn.Parameter], options: TrainConfig, lr: fl
     return torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
-def step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """One step, or none where `bad` (a scalar on the weights' device) is 1: neither weights nor moments move.
+def step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None = None) -> Tensor:
+    """One step with gradients of the whole norm `norm`, clipped to `max_norm`; or none, where the norm is not finite: neither
+    weights nor moments move. Gives 1 where it was not, else 0 (a scalar on the norm's device).
 
-    A fused AdamW decides that on the device. The others must wait for the number: once a step, whatever the number of weights.
+    A fused AdamW does all that in its own pass over the gradients. The others must wait for the number: once a step, whatever
+    the number of weights.
     """
+    bad = 1 - torch.isfinite(norm).float()
     if optimizer.defaults.get("fused"):
-        # What torch's GradScaler sets: a fused optimiser leaves weights and moments alone where it is 1.
+        # What torch's GradScaler sets: gradients are divided by one, and nothing moves where the other is 1.
+        if max_norm:
+            optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_min(1)  # type: ignore[attr-defined]
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         optimizer.step()
     elif not bool(bad):
+        if max_norm:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
         optimizer.step()
+    return bad
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
