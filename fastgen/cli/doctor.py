@@ -13,15 +13,17 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
+from fastgen.cli import known_trouble
+from fastgen.cli.known_trouble import DISTRIBUTION, GIB, Finding
 from fastgen.cli.options import add_common, emit, writable
 from fastgen.errors import UserError
 
-GIB = 2**30
-DISTRIBUTION = "fastgen-diffusion"
+MOST = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+EXTRAS = ("eval", "adversarial", "quantized", "came", "datasets", "xformers")
+LITTLE_DISK = 5  # GiB
 TOY_PARTS = ("teacher", "clip", "reader")
 KERNELS = {  # import name -> what brings it
     "xformers.ops":   "xformers",
@@ -31,15 +33,6 @@ KERNELS = {  # import name -> what brings it
 }
 
 
-@dataclass
-class Finding:
-    """One thing looked at. "note": fine, but worth knowing; "warning": some things will not work; "wrong": most will not."""
-
-    topic: str
-    status: Literal["ok", "note", "warning", "wrong"]
-    detail: str
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser, "folder whose write access is tried; default: the current one")
 
@@ -47,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a package says on import is told here in our own words
-        findings = [*installation(), *devices(), *processor(), *attention(), *shipped(), *storage(args.output or Path())]
+        findings = [*installation(), *devices(), *processor(), *attention(), *shipped(), *pictures()]
+        findings += [*storage(args.output or Path()), *known_trouble.accelerate_config(), known_trouble.network(args.offline)]
     width = max(len(each.topic) for each in findings)
     lines = [f"{each.status:<7}  {each.topic:<{width}}  {each.detail}" for each in findings]
     wrong = sum(each.status == "wrong" for each in findings)
@@ -67,8 +61,11 @@ def installation() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         requirements = []
         yield Finding("fastgen", "note", f"run from {Path(__file__).parents[2]}, not installed: versions are not checked")
+        for name in MOST:
+            version = known_trouble.installed(name)
+            yield Finding(name, "ok" if version else "wrong", version or f"not installed; pip install {name}")
     for each in requirements:
-        extra = next((name for name in ("eval", "xformers") if each.marker and each.marker.evaluate({"extra": name})), None)
+        extra = next((name for name in EXTRAS if each.marker and each.marker.evaluate({"extra": name})), None)
         if each.name == DISTRIBUTION or (each.marker and not extra):
             continue
         try:
@@ -79,39 +76,44 @@ def installation() -> Iterator[Finding]:
             continue
         fits = each.specifier.contains(version, prereleases=True)
         yield Finding(each.name, "ok" if fits else "wrong", version if fits else f"{version}, but {each.specifier} is needed")
-    yield from conflicts()
-
-
-def conflicts() -> Iterator[Finding]:
-    """Packages that are known to break one another."""
-    if installed("fastgen"):
-        detail = f"another package imported as `fastgen`; pip uninstall it and install {DISTRIBUTION} again"
-        yield Finding("other fastgen", "warning", detail)
-    if installed("image-reward") and installed("open_clip_torch"):
-        yield Finding("image-reward", "warning", "pins timm==0.6.13, open_clip needs a newer one: use separate environments")
-    if installed("hpsv2"):
-        yield Finding("hpsv2", "warning", "pins protobuf<4 and pytest==7.2.0: use a separate environment")
-
-
-def installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    yield from known_trouble.conflicts()
+    if sys.flags.optimize:
+        yield Finding("python -O", "warning", "assertions are off, on which torch and diffusers rely: leave out -O")
 
 
 def devices() -> Iterator[Finding]:
     import torch
 
-    for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use precision fp32"
-        yield Finding(f"cuda:{index}", "ok", f"{about.name}, {about.total_memory / GIB:.0f} GiB, {bf16}")
+    there = torch.cuda.is_available()
+    for index in range(torch.cuda.device_count() if there else 0):
+        yield gpu(index)
     if torch.backends.mps.is_available():
         yield Finding("mps", "ok", "Apple GPU")
-    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+    trouble = list(known_trouble.cuda_trouble(torch.version.cuda, there))
+    yield from trouble
+    if not there and not torch.backends.mps.is_available() and not trouble:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         yield Finding("gpu", "note", f"none found ({built}); the toy world runs on the CPU, large models do not")
+    yield from known_trouble.shared_memory(torch.cuda.device_count() if there else 0)
+
+
+def gpu(index: int) -> Finding:
+    """A GPU: can this torch run on it, how much of its memory is free, does it have bf16."""
+    import torch
+
+    about, (major, minor) = torch.cuda.get_device_properties(index), torch.cuda.get_device_capability(index)
+    topic, total = f"cuda:{index}", about.total_memory / GIB
+    built = [each.removeprefix("sm_").rstrip("af") for each in torch.cuda.get_arch_list() if each.startswith("sm_")]
+    if built and not any(each[:-1] == str(major) and int(each[-1]) <= minor for each in built):
+        detail = f"{about.name} is of architecture {major}.{minor}, which this torch is not built for ({', '.join(built)})"
+        return Finding(topic, "wrong", f"{detail}; install another torch")
+    free = torch.cuda.mem_get_info(index)[0] / GIB
+    told = f"{about.name}, {free:.0f} of {total:.0f} GiB free"
+    if (major, minor) < (8, 0):
+        return Finding(topic, "warning", f'{told}; no bf16: recipes with it need train.precision="fp16" or "fp32"')
+    if free < total / 2:
+        return Finding(topic, "warning", f"{told}: another program holds the rest (see nvidia-smi); end it or use another GPU")
+    return Finding(topic, "ok", f"{told}, bf16")
 
 
 def processor() -> Iterator[Finding]:
@@ -131,8 +133,21 @@ def processor() -> Iterator[Finding]:
         yield Finding("threads", "ok", f"{threads} ({chosen})")
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        enough = total >= 4
-        yield Finding("memory", "ok" if enough else "warning", f"{total:.0f} GiB" + ("" if enough else "; 4 are needed"))
+        limit = memory_limit()
+        told = f"{total:.0f} GiB" if limit >= total else f"{limit:.0f} GiB, the limit of this container, of {total:.0f}"
+        few = "; 4 are needed, and more than a model's weights to load one: give the container more"
+        enough = min(limit, total) >= 4
+        yield Finding("memory", "ok" if enough else "warning", told + ("" if enough else few))
+
+
+def memory_limit() -> float:
+    """GiB that the control group of this process may use."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return int(Path("/sys/fs/cgroup", name).read_text()) / GIB
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return float("inf")
 
 
 def attention() -> Iterator[Finding]:
@@ -171,6 +186,15 @@ def shipped() -> Iterator[Finding]:
     yield Finding("toy weights", "ok", f"{', '.join(weights)}: {size:.1f} MiB")
 
 
+def pictures() -> Iterator[Finding]:
+    """What kinds of pictures Pillow was built to read."""
+    from PIL import features
+
+    missing = [name for name, library in (("jpg", "jpg"), ("png", "zlib"), ("webp", "webp")) if not features.check(library)]
+    cure = f"this Pillow cannot read {', '.join(missing)}; pip install --force-reinstall pillow"
+    yield Finding("pictures", "warning" if missing else "ok", cure if missing else "jpg, png and webp can be read")
+
+
 def storage(output: Path) -> Iterator[Finding]:
     for topic, folder in (("output", output), ("temporary files", Path(tempfile.gettempdir())), ("model cache", cache())):
         try:
@@ -179,13 +203,16 @@ def storage(output: Path) -> Iterator[Finding]:
             yield Finding(topic, "warning", str(error).removeprefix("--output "))
             continue
         there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-        free = shutil.disk_usage(there).free / GIB
-        yield Finding(topic, "ok" if free > 1 else "warning", f"{folder.absolute()} is writable, {free:.0f} GiB free")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    detail = "HF_HUB_OFFLINE is set: only local models" if offline else "not tried"
-    yield Finding("network", "note" if offline else "ok", detail)
-    if sys.flags.optimize:
-        yield Finding("python -O", "warning", "assertions are off; torch and diffusers rely on theirs")
+        free, kind = shutil.disk_usage(there).free / GIB, known_trouble.file_system(there.resolve())
+        told = f"{folder.absolute()} is writable, {free:.0f} GiB free"
+        if free < LITTLE_DISK:
+            yield Finding(topic, "warning", f"{told}: little for models and checkpoints; name another folder")
+        elif known_trouble.over_network(kind):
+            cure = "what is memory-mapped or written often, such as data.cache, is better on a local disk"
+            yield Finding(topic, "note", f"{told}, over a network ({kind}): {cure}")
+        else:
+            yield Finding(topic, "ok", f"{told}{f' ({kind})' if kind else ''}")
+    yield from known_trouble.subsystem()
 
 
 def cache() -> Path:
