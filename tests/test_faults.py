@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from fastgen.errors import UserError
 from fastgen.method import Batch, Player
 from fastgen.training import checkpoint, faults
 from fastgen.training.faults import SAVE_TRIES, SKIP_LIMIT, Blame, why_skipped
-from fastgen.training.launch import Interrupted, rank
+from fastgen.training.launch import Interrupted, processes, rank
 from fastgen.training.loop import Trainer
 from fastgen.training.progress import Reporter
-from tests.process_worlds import free_port
+from tests.process_worlds import free_port, learnt, train
 from tests.training_fakes import Duel, FakePipeline, fake_source, same, weights
 
 OPTIONS = TrainConfig(steps=8, batch=2, lr=1e-2, log_every=1, checkpoint_every=2, keep_checkpoints=2, ema=0.9)
@@ -272,6 +274,17 @@ def test_a_gradient_that_overflows_under_a_finite_loss_is_told_apart(tmp_path: P
         trainer(tmp_path, replace(OPTIONS, steps=99, checkpoint_every=0), Sharp()).fit()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_not_trained(dtype: torch.dtype) -> None:
+    class Half(Duel):
+        def setup(self, pipeline: Any) -> None:
+            super().setup(pipeline)
+            self.critic.to(dtype)
+
+    with pytest.raises(UserError, match=rf"player 'critic' trains weights of {str(dtype)[6:]}.*float32"):
+        trainer(method=Half())
+
+
 # -- files and options of others --------------------------------------------------------------------
 
 
@@ -392,6 +405,43 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(told: int, tmp_pat
     sentences = {(tmp_path / f"sentence-{i}").read_text() for i in range(2)}
     step = checkpoint.step_of(checkpoint.choose(tmp_path) or tmp_path)
     assert sentences == {f"SIGTERM after update {step}; a checkpoint was saved"}
+
+
+DISTILLED = TrainConfig(steps=500, batch=4, lr=1e-3, log_every=5, checkpoint_every=5, ema=0.9)
+DMD2 = {"steps": 2, "student_every": 2, "gan_weight": 0.1}
+
+
+def distilled(folder: Path, steps: int = 500, sharding: str = "fsdp") -> None:
+    """DMD2 on a joint batch of eight, from the beginning or from where it was left."""
+    start = checkpoint.choose(folder)
+    options = replace(DISTILLED, steps=steps, sharding=sharding, batch=8 // processes())
+    loop = train("dmd2", DMD2, False, options, folder, start)
+    assert all(weight.isfinite().all() for weight in learnt(loop).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_run_of_two_of_which_one_was_killed_goes_on_in_any_number(sharding: str, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    found = world(2, folder, partial(distilled, sharding=sharding))
+    wait_for(lambda: len(checkpoint.find(folder)) > 1)
+    found[1].kill()
+    assert ends(found) == [2, -signal.SIGKILL]
+    kept = checkpoint.latest_good(folder)
+    assert kept is not None
+    steps = checkpoint.step_of(kept) + 5
+    ended = {}
+    for count, how in ((1, "none"), (2, sharding), (4, "none"), (4, "fsdp")):
+        goes_on = tmp_path / f"{count}-{how}"
+        shutil.copytree(folder, goes_on)
+        assert ends(world(count, goes_on, partial(distilled, steps=steps, sharding=how))) == [0] * count
+        last = checkpoint.find(goes_on)[-1]
+        assert checkpoint.step_of(last) == steps
+        ended[count, how] = checkpoint.read(last, "player-student")
+    for weights_ in ended.values():  # the same joint batches, whatever the number of processes
+        for key, weight in ended[1, "none"].items():
+            torch.testing.assert_close(weights_[key], weight, atol=1e-5, rtol=0)
 
 
 def full_disk_of_one(folder: Path) -> None:

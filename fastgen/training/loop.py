@@ -46,6 +46,10 @@ from fastgen.training.trackers import Trackers
 __all__ = ["Interrupted", "Trainer", "average_gradients"]
 
 BUCKET = 2**26
+HALF = (
+    "player '{name}' trains weights of {dtype}, which would round small updates away; load the pipeline in float32: "
+    'train.precision = "bf16" computes in half precision, and keeps the weights whole'
+)
 
 
 @dataclass
@@ -124,6 +128,9 @@ class Trainer:
             weights = [weight for weight in player.weights.parameters() if weight.requires_grad]
             if not weights:
                 raise ValueError(f"player {player.name!r} has no trainable weights")
+            for weight in weights:
+                if weight.dtype in (torch.float16, torch.bfloat16):
+                    raise UserError(HALF.format(name=player.name, dtype=str(weight.dtype).removeprefix("torch.")))
             options, device = self.options.of(player.name), weights[0].device
             parts = own_parts(weights)
             optimizer = optimizers.make_optimizer(parts, options, options.lr)
