@@ -19,6 +19,8 @@ from fastgen.process import Prediction
 __all__ = ["Calls"]
 
 NEAR = 1e-3
+DECAY = 0.9
+"""What a call in training leaves of those before it: the student moves on."""
 FEWEST = 32
 """Samples, of training and of sampling, below which nothing is said."""
 
@@ -51,7 +53,7 @@ class Calls:
         if self.sampling:
             self.sampled = total if self.sampled is None else self.sampled + total
         else:
-            self.learning = total if self.learning is None else self.learning + total
+            self.learning = total if self.learning is None else DECAY * self.learning + total
 
     def sums(self, prediction: Prediction) -> Tensor:
         """Number, sums and sums of squares, [times, 1 + 2 K], of K statistics of each clean estimate."""
@@ -75,9 +77,10 @@ class Calls:
             self.sampling = False
 
     def gap(self) -> float | None:
-        """The distance of the means in training and sampling, in standard deviations, at the worst of the times but the first.
+        """How far apart the statistics in training and in sampling are, at the worst of the times but the first.
 
-        Root mean square over the statistics, less what the number of samples explains. None where too little was seen. What
+        The distance of the means in standard deviations, and of the logarithms of these; root mean square over the statistics,
+        less what the number of samples explains. None where too little was seen. What
         training has shown is then forgotten.
         """
         learning, sampled, self.learning = self.learning, self.sampled, None
@@ -89,7 +92,8 @@ class Calls:
                 continue
             (mean, spread), (other, width) = moments(one), moments(two)
             variance = ((spread + width) / 2).clamp_min(1e-12)
-            squared = ((mean - other).square() / variance).mean() - 1 / one[0] - 1 / two[0]
+            log_widths = 0.5 * (spread.clamp_min(1e-12).log() - width.clamp_min(1e-12).log())
+            squared = ((mean - other).square() / variance + log_widths.square()).mean() - 1.5 / one[0] - 1.5 / two[0]
             worst = max(worst or 0.0, float(squared.clamp_min(0).sqrt()))
         return worst
 

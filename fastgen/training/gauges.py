@@ -82,11 +82,11 @@ GAUGES = (
         "Lag of the fake score",
         "how far the student's samples are from where the fake score believes them, as a share of the way to the teacher's "
         "estimate; 0 for a perfect fake score",
-        amber=(-0.25, 0.25),
-        red=(-0.6, 0.6),
+        amber=(-0.75, 0.75),
+        red=(-1.25, 1.25),
         low=Advice(
-            "the fake score runs ahead of the student's samples, or swings about them: its learning rate is too high",
-            "lower method.fake_lr_scale",
+            "the student's samples are farther from the teacher than the fake score believes: it hardly learns, or swings",
+            "raise method.student_every or method.fake_lr_scale; if its loss jumps, lower its learning rate instead",
         ),
         high=Advice(
             "the student is where the fake score no longer expects it, and is pushed past its aim: the fake score is too slow",
@@ -215,8 +215,8 @@ GAUGES = (
         "quality",
         "Quality",
         "distance of the student's samples from the teacher's, over the least that this run has reached",
-        amber=(0, 1.5),
-        red=(0, 3.0),
+        amber=(0, 2.0),
+        red=(0, 4.0),
         high=Advice(
             "the student has been better: it has broken down, or has been trained for too long",
             "export the best checkpoint (fastgen export RUN --checkpoint best), and lower train.lr before going on",

@@ -47,10 +47,10 @@ h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1
 h3 { font-size: 1rem; margin: 0 0 .3rem; } p { margin: .3rem 0; max-width: 75ch; }
 .muted, figcaption { color: var(--muted); font-size: .88rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; margin: 0; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 1rem; }
 .gauges { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: .8rem; }
-.gauge { border-left: 5px solid var(--green); } .gauge.amber { border-left-color: var(--amber); grid-column: 1 / -1; }
-.gauge.red { border-left-color: var(--red); grid-column: 1 / -1; }
+.gauge { border-left: 5px solid var(--green); } .gauge.amber { border-left-color: var(--amber); grid-column: span 2; }
+.gauge.red { border-left-color: var(--red); grid-column: span 2; }
 .value { font-size: 1.3rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .badge { font-size: .8rem; font-weight: 650; padding: .1rem .5rem; border-radius: 9px; border: 1px solid currentColor; }
 .badge.green { color: var(--green); } .badge.amber { color: var(--amber); } .badge.red { color: var(--red); }
@@ -60,6 +60,7 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } polyline.plain
 circle.plain { fill: var(--muted); } rect.green { fill: var(--green); } rect.amber { fill: var(--amber); }
 rect.red { fill: var(--red); } .names b { color: var(--text); }
 .names span { margin-right: 1rem; white-space: nowrap; display: inline-block; }
+@media (max-width: 40rem) { .gauge.amber, .gauge.red { grid-column: auto; } }
 SERIES
 .grid { margin: 0 0 1rem; } .grid img { max-width: 100%; height: auto; display: block; border-radius: 6px; }
 .scroll { overflow-x: auto; } details { margin-top: .8rem; } summary { cursor: pointer; font-weight: 600; }
@@ -263,7 +264,7 @@ def quality(lines: Sequence[Line]) -> str:
         return ""
     step, least = min(found, key=lambda each: each[1])
     told = f"<p>Best: {short(least)} after update {int(step)}.</p>"
-    return told + figure("Distance from the teacher", curves({"distance": found}, about="quality over updates"))
+    return told + panels([figure("Distance from the teacher", curves({"distance": found}, about="quality over updates"))])
 
 
 def losses(lines: Sequence[Line]) -> str:
