@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from fastgen.eval.images import to_uint8
 from fastgen.eval.world import TOY
 from fastgen.pipelines import Pipeline
 from fastgen.samplers import FewStep, Sampler, even_times
+from fastgen.training.loop import Trainer
 from fastgen.training.run import distill, load_run, open_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +44,8 @@ RECORDS = ROOT / "benchmarks" / "results" / "methods"
 PACKAGES = ("torch", "diffusers", "peft", "accelerate", "torch-fidelity", "open-clip-torch")
 STUDENT_UPDATES, CPU_MINUTES, IMAGES = 2000, 20.0, 600
 STEPS, TEACHER_STEPS, GUIDANCE = (1, 2, 4, 8), (50, 8, 4, 2, 1), 3.0
-SHORT, MOVES = 8, 8
-"""Of two short runs whose difference says what an update costs: updates of the first, each stage of a recipe has one at least,
-and how often the student moves in the other beyond that.
-"""
+MOVES, WARM_UP = 16, 4
+"""Of the short run that says what an update costs: how often the student moves, and updates at its start that are not counted."""
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -63,20 +64,17 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 
 
 def trial(name: str, seed: int) -> tuple[float, int]:
-    """CPU seconds of an update, and in which updates the student moves, from a short run and one in which it moves more."""
-    short, every = short_run(name, seed, SHORT)
-    more = MOVES * every
-    longer, _ = short_run(name, seed, SHORT + more)
-    return (longer - short) / more, every
+    """CPU seconds of an update, and in which updates the student moves, from a short run."""
+    run, spent, update = recipe(name, seed), [], Trainer.update
+    every = student_every(run.method)
+    run.train.steps, run.data.pool = MOVES * every, 256
 
+    def timed(trainer: Trainer) -> None:
+        spent.append(cpu_seconds(lambda: update(trainer)))
 
-def short_run(name: str, seed: int, updates: int) -> tuple[float, int]:
-    """CPU seconds of a run of so many updates, and in which of them the student moves."""
-    run = recipe(name, seed)
-    run.train.steps, run.data.pool = updates, 256
-    with tempfile.TemporaryDirectory(prefix="fastgen-trial-") as folder:
-        seconds = cpu_seconds(lambda: distill(run, Path(folder), offline=True, quiet=True, device="cpu"))
-    return seconds, student_every(run.method)
+    with tempfile.TemporaryDirectory(prefix="fastgen-trial-") as folder, patch.object(Trainer, "update", timed):
+        distill(run, Path(folder), offline=True, quiet=True, device="cpu")
+    return statistics.mean(spent[WARM_UP:]), every
 
 
 def train(name: str, seed: int, folder: Path, updates: int, minutes: float) -> dict[str, Any]:
