@@ -25,8 +25,9 @@ from fastgen.training.best import Best, find_best, keep
 from fastgen.training.curves import curves, spark, thinned, ticks
 from fastgen.training.gauges import gauge
 from fastgen.training.grids import Grids
+from fastgen.training.launch import make_accelerator
 from fastgen.training.loop import Trainer
-from fastgen.training.progress import Reporter
+from fastgen.training.progress import Reporter, shown
 from fastgen.training.quality import Quality, features, frechet
 from fastgen.training.report import GRIDS, LINES, page, read_lines, write_report
 from fastgen.training.trackers import Trackers
@@ -277,3 +278,33 @@ def test_a_tracker_that_does_not_start_is_left_out() -> None:
 def test_patience_without_measurements_is_refused() -> None:
     with pytest.raises(UserError, match=r"patience = 3 needs measurements of quality"):
         TrainConfig(patience=3)
+
+
+def test_a_tracker_that_is_missing_is_told_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    for name, extra in (
+        ("wandb", r"pip install 'fastgen-diffusion\[trackers\]', or wandb alone"),
+        ("comet_ml", "pip install comet_ml"),
+    ):
+        with pytest.raises(UserError, match=f"tracker '{name}' is not installed: {extra}; or leave it out"):
+            make_accelerator("fp32", "cpu", trackers=[name])
+
+
+def test_progress_shows_a_loss_of_every_player_speed_and_memory() -> None:
+    values = {
+        "a/x": 1.0,
+        "a/y": 2.0,
+        "a/z": 3.0,
+        "a/gradient_norm": 9.0,
+        "b/x": 4.0,
+        "b/lr": 1.0,
+        "reading/pull": 1.0,
+        "lr": 1.0,
+    }
+    assert shown(values) == ["a/x", "a/y", "a/z", "b/x"] and shown(values | {"c/x": 1.0}) == ["a/x", "a/y", "b/x", "c/x"]
+    console = Console(file=io.StringIO(), width=400)
+    reporter = Reporter(console=console, images=12)
+    reporter.start(0, 2)
+    reporter.advance(2, values)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "images/s" in text and "GiB" in text and "b/x 4" in text and "gradient_norm" not in text

@@ -23,6 +23,9 @@ from fastgen.errors import UserError
 
 __all__ = ["Interrupted", "Interrupts", "choose_threads", "make_accelerator", "processes", "rank", "wait"]
 
+EXTRA_TRACKERS = ("tensorboard", "trackio", "wandb")
+"""What the extra "trackers" installs."""
+
 PATIENCE = timedelta(minutes=30)
 """How long processes wait for one that does not answer, as the others do while the first draws pictures or saves."""
 
@@ -58,7 +61,9 @@ def make_accelerator(
     accelerator.native_amp |= precision == "fp16"  # which accelerate passes over on a CPU, without a word
     missing = set(trackers) - {str(getattr(each, "value", each)) for each in accelerator.log_with}
     if missing:
-        raise UserError(f"tracker {sorted(missing)[0]!r} is not installed; install it with pip or leave it out")
+        name = sorted(missing)[0]
+        extra = f"pip install 'fastgen-diffusion[trackers]', or {name} alone" if name in EXTRA_TRACKERS else f"pip install {name}"
+        raise UserError(f"tracker {name!r} is not installed: {extra}; or leave it out")
     return accelerator
 
 

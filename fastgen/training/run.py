@@ -85,7 +85,7 @@ def distill(
     accelerator = make_accelerator(config.train.precision, device, trackers=wanted, folder=output)
     start = where_to_start(config, text, output, resume)
     place = torch.device(device) if device else accelerator.device
-    reporter = Reporter(quiet=quiet or rank() > 0)
+    reporter = Reporter(quiet=quiet or rank() > 0, images=config.train.batch * processes())
     try:
         check_files(config.data, config.method.needs)
         threads = threads_for(config, start, place)
