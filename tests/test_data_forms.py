@@ -90,6 +90,16 @@ def folder(root: Path) -> str:
 
 def table(root: Path, form: str) -> str:
     datasets = pytest.importorskip("datasets")
+    if form in ("jsonl", "csv"):  # which hold paths
+        where = folder(root / "listed")
+        listed = [{"image": f"{where}/{i}.png", "caption": f"colour {i}"} for i in range(7)]
+        lines = (
+            [json.dumps(row) for row in listed]
+            if form == "jsonl"
+            else ["image,caption", *(",".join(row.values()) for row in listed)]
+        )
+        (root / f"rows.{form}").write_text("\n".join(lines) + "\n")
+        return str(root / f"rows.{form}")
     rows = {"image": [{"bytes": png(colour), "path": None} for colour in COLOURS], "text": [f"colour {i}" for i in range(7)]}
     made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     if form == "parquet":
@@ -106,6 +116,8 @@ FORMS: dict[str, Callable[[Path], str]] = {
     "shards": lambda root: shards(root / "shards"),
     "folder of shards": lambda root: str(Path(shards(root / "shards")).parent),
     "parquet": lambda root: table(root, "parquet"),
+    "jsonl": lambda root: table(root, "jsonl"),
+    "csv": lambda root: table(root, "csv"),
     "saved dataset": lambda root: table(root, "saved"),
     "split": lambda root: table(root, "split"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     status = distill(
         wanted, args.output, resume=args.resume, device=device, offline=args.offline, quiet=args.quiet, trackers=args.tracker
     )
-    if status == 0:
+    if status == 0 and os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
         result = {"run": str(args.output), "method": wanted.method_name, "steps": wanted.train.steps}
         emit(args, result, f"trained {args.output}; next: fastgen export {args.output} --output my-student")
     return status

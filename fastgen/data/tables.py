@@ -40,15 +40,17 @@ def read_table(where: str, data: DataConfig, bad: BadSamples) -> Samples:
     Raises UserError where it cannot be had or has no such columns, and, or tells `bad`, for a row without a caption.
     """
     table = open_table(where, data)
+    fingerprint = str(table._fingerprint)
     import datasets
 
     column = column_of(where, table, "data.image", data.image, ("image", "jpg", "png", "img"))
     kind = table.features[column]
-    if not isinstance(kind, datasets.Image) and getattr(kind, "dtype", "") not in ("string", "binary"):
+    if isinstance(kind, datasets.Image):
+        table = table.cast_column(column, datasets.Image(decode=False))
+    elif getattr(kind, "dtype", "").removeprefix("large_") not in ("string", "binary"):
         raise UserError(f"{where}: column {column!r} holds {shown(kind)}, not pictures; name another in data.image")
     captions, kept = captions_of(where, table, data, bad)
-    identity = (where, str(table._fingerprint), column)
-    return Rows(table.cast_column(column, datasets.Image(decode=False)), column, kept, where, identity), captions
+    return Rows(table, column, kept, where, (where, fingerprint, column)), captions
 
 
 def read_captions(where: str, data: DataConfig, bad: BadSamples) -> list[str]:
@@ -73,10 +75,12 @@ class Rows(Sequence[Picture]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.kept[index]
-        name, identity, found = f"{self.where}: row {row}", (*self.identity, row), self.table[row][self.column] or {}
-        if found.get("bytes") is None and found.get("path"):
-            return Picture(f"{name}, {found['path']}", identity, Path(found["path"]))
-        return Picture(name, identity, content=found.get("bytes") or b"")
+        name, identity, found = f"{self.where}: row {row}", (*self.identity, row), self.table[row][self.column] or b""
+        if isinstance(found, dict):  # what a picture is kept as: its bytes, or the path of its file
+            found = found.get("bytes") or found.get("path") or b""
+        if isinstance(found, str):
+            return Picture(f"{name}, {found}", identity, Path(found))
+        return Picture(name, identity, content=found)
 
     def identities(self) -> list[tuple[Any, ...]]:
         """The identity of each, for which no picture is read."""

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import transformers
 
 from fastgen import config as configuration
-from fastgen.config import TOY, RunConfig
+from fastgen.config import TOY, RunConfig, TrainConfig
 from fastgen.data.cache import digest
 from fastgen.data.encoding import free_text_encoders
 from fastgen.data.source import Source, check_files, load_source
@@ -50,6 +50,7 @@ __all__ = ["LoadedRun", "distill", "load_run", "open_pipeline"]
 
 CONFIG, ENVIRONMENT = "config.toml", "environment.json"
 OURS = ("metrics.jsonl", "samples", "checkpoints", "best", ENVIRONMENT)
+ENGINES = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 GRID_PROMPTS = 4
 FREE_TO_CHANGE = frozenset(
@@ -82,6 +83,7 @@ def distill(
     """
     output, text = Path(output), config.to_toml()
     wanted = list(dict.fromkeys([*config.train.trackers, *trackers]))
+    refuse_engines()
     accelerator = make_accelerator(config.train.precision, device, trackers=wanted, folder=output)
     start = where_to_start(config, text, output, resume)
     place = torch.device(device) if device else accelerator.device
@@ -126,7 +128,8 @@ def distill(
         )
         if start is not None:
             trainer.load(start)
-            reporter.say(f"going on from {start}")
+            joint, before = config.train.batch * processes(), joint_batch(start)
+            reporter.say(f"going on from {start}{f' with joint batches of {joint} in place of {before}' * (joint != before)}")
     except BaseException:
         leave_nothing(output)
         raise
@@ -147,6 +150,16 @@ def distill(
         trainer.trackers.finish()
     reporter.say(f"done: {output}")
     return 0
+
+
+def refuse_engines() -> None:
+    """Raise UserError where accelerate was launched with an engine that would cut or wrap one model as it sees fit."""
+    for name, engine in ENGINES.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate was launched with {engine}, which fastgen does not use; launch plain processes (--multi_gpu), and "
+                'set train.sharding = "fsdp" to cut weights over them'
+            )
 
 
 def agree(data: Source, device: torch.device) -> None:
@@ -253,14 +266,32 @@ def check_same(config: RunConfig, text: str, path: Path) -> None:
     # Options that did not exist when the run was started have their defaults.
     theirs = flat(RunConfig(config.method_name, type(config.method)()).to_toml()) | theirs
     mine = flat(text)
+    free = set(FREE_TO_CHANGE)
+    if processes() != processes_of(path.parent) and joint_batch(path.parent) == config.train.batch * processes():
+        free |= {"train.batch", "train.micro_batches"}  # the same joint batch, cut in another way
     curriculum = type(config.method).advance is not Method.advance
     for key in [*mine, *(key for key in theirs if key not in mine)]:
-        if mine.get(key) == theirs.get(key) or key in FREE_TO_CHANGE or (key == "train.steps" and not curriculum):
+        if mine.get(key) == theirs.get(key) or key in free or (key == "train.steps" and not curriculum):
             continue
         raise UserError(
             f"{path}: this run has {key} = {theirs.get(key)!r}, but the configuration given has {key} = {mine.get(key)!r}; "
             f"choose another --output, or go on with the run's own {CONFIG}"
         )
+
+
+def processes_of(folder: Path) -> int:
+    """By how many processes a checkpoint was written, or a run directory was last trained."""
+    for name in (saved.STATE, ENVIRONMENT):
+        try:
+            return int(json.loads((folder / name).read_text(encoding="utf-8"))["processes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return 1
+
+
+def joint_batch(folder: Path) -> int:
+    """Samples of an update over all the processes that wrote a checkpoint, or last trained in a run directory."""
+    return int(flat((folder / CONFIG).read_text(encoding="utf-8")).get("train.batch", TrainConfig.batch)) * processes_of(folder)
 
 
 def flat(text: str) -> dict[str, Any]:
