@@ -62,8 +62,8 @@ def make_accelerator(
     missing = set(trackers) - {str(getattr(each, "value", each)) for each in accelerator.log_with}
     if missing:
         name = sorted(missing)[0]
-        extra = f"pip install 'fastgen-diffusion[trackers]', or {name} alone" if name in EXTRA_TRACKERS else f"pip install {name}"
-        raise UserError(f"tracker {name!r} is not installed: {extra}; or leave it out")
+        extra = "'fastgen-diffusion[trackers]', or " if name in EXTRA_TRACKERS else ""
+        raise UserError(f"tracker {name!r} is not installed: pip install {extra}{name}{' alone' * bool(extra)}; or leave it out")
     return accelerator
 
 
