@@ -45,7 +45,7 @@ PACKAGES = ("torch", "diffusers", "peft", "accelerate", "torch-fidelity", "open-
 STUDENT_UPDATES, CPU_MINUTES, IMAGES = 2000, 20.0, 600
 STEPS, TEACHER_STEPS, GUIDANCE = (1, 2, 4, 8), (50, 8, 4, 2, 1), 3.0
 MOVES, WARM_UP = 16, 4
-"""Of the short run that says what an update costs: how often the student moves, and updates at its start that are not counted."""
+"""Of the short run that tells what an update costs: how often the student moves, and how many updates at first do not count."""
 
 
 # -- training -------------------------------------------------------------------------------------

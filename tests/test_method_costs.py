@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from benchmarks.costs import ROOT, cost
-from benchmarks.methods import SHORT, recipe, trial
+from benchmarks.methods import MOVES, WARM_UP, recipe, trial
 from benchmarks.methods_page import page, shown, write_page
 from fastgen import methods
 from fastgen.cli.methods import costs, listing, spans, summary
+from fastgen.training.loop import Trainer
 
 FEW = ("progressive", "lcm", "dmd2")
 
@@ -41,21 +42,23 @@ def test_spans() -> None:
     assert spans([1, 2, 3, 8]) == "1-3, 8" and spans([4]) == "4" and spans([]) == ""
 
 
-def test_the_student_moves_as_often_as_its_player_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[tuple[int, int]] = []
+def test_the_price_of_an_update_leaves_out_the_first_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    prices = iter([100.0] * WARM_UP + [1.0, 2.0] * 100)
+    steps: list[int] = []
 
-    def short_run(name: str, seed: int, updates: int) -> tuple[float, int]:
-        runs.append((seed, updates))
-        return 3.0 + 0.5 * updates, 5
+    def distill(run: Any, folder: Path, **options: Any) -> None:
+        steps.append(run.train.steps)
+        for _ in range(run.train.steps):
+            Trainer.update(None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("benchmarks.methods.short_run", short_run)
-    assert trial("dmd2", 1) == (0.5, 5)
-    assert runs == [(1, SHORT), (1, SHORT + 40)]
+    monkeypatch.setattr("benchmarks.methods.distill", distill)
+    monkeypatch.setattr("benchmarks.methods.cpu_seconds", lambda update: next(prices))
+    assert trial("dmd2", 1) == (1.5, 2) and steps == [2 * MOVES]
 
 
 @pytest.mark.parametrize("name", list(costs()))
 def test_the_short_run_has_an_update_for_every_stage(name: str) -> None:
-    assert 0 < recipe(name, 0).method.stage_end(0, SHORT) <= SHORT
+    assert 0 < recipe(name, 0).method.stage_end(0, MOVES) <= MOVES
 
 
 def record(name: str, seed: int = 0, own: int = 4, **scores: tuple[float, float]) -> dict[str, Any]:
