@@ -92,7 +92,7 @@ def write(partial: Path, name: str, tensors: Mapping[str, Tensor], *, gather_onl
             save_file(apart(tensors), path)
             flush(path)
     except (OSError, SafetensorError) as error:
-        raise unwritable(path.parent, error) from error
+        raise unwritable(partial.parent, error) from error
 
 
 def is_sharded(tensors: Mapping[str, Tensor]) -> bool:

@@ -29,7 +29,8 @@ SAVE_TRIES = 3
 
 INPUTS = ("condition", "latents", "noise", "target")
 PLACES = (*INPUTS, "loss")
-LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|process group|remote process", re.I)
+REASON = re.compile(r"connection (closed|reset|refused)( by peer)?|broken pipe|timed? ?out", re.I)
+LOST = re.compile(rf"gloo|nccl|process group|remote process|{REASON.pattern}", re.I)
 
 
 # -- numbers that are not finite --------------------------------------------------------------------
@@ -133,5 +134,6 @@ def losses_of_processes_told(where: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if processes() == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
-        reason = " ".join(str(error).split())[:120]
+        known = REASON.search(str(error))
+        reason = known[0] if known else " ".join(str(error).split())[:200]
         raise UserError(f"another process of this run has ended or does not answer, {where()} ({reason})") from error

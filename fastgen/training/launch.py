@@ -100,7 +100,10 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Within this block SIGINT and SIGTERM are only noted, the first time; a second one acts as it always does."""
+    """Within this block SIGINT and SIGTERM are only noted, the first time; a second one acts as it always does.
+
+    One that is ignored otherwise, as SIGINT is in what a script starts in the background, stops the process the second time.
+    """
 
     def __init__(self) -> None:
         self.caught = 0
@@ -117,7 +120,9 @@ class Interrupts:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
-        self.release()
+        at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for each, handler in self.before.items():
+            signal.signal(each, at_once[signal.Signals(each)] if handler is signal.SIG_IGN else handler)
 
     def release(self) -> None:
         for number, handler in self.before.items():
