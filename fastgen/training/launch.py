@@ -62,8 +62,8 @@ def make_accelerator(
     missing = set(trackers) - {str(getattr(each, "value", each)) for each in accelerator.log_with}
     if missing:
         name = sorted(missing)[0]
-        extra = "'fastgen-diffusion[trackers]', or " if name in EXTRA_TRACKERS else ""
-        raise UserError(f"tracker {name!r} is not installed: pip install {extra}{name}{' alone' * bool(extra)}; or leave it out")
+        extra = f"'fastgen-diffusion[trackers]', or {name} alone" if name in EXTRA_TRACKERS else name
+        raise UserError(f"tracker {name!r} is not installed: pip install {extra}; or leave it out")
     return accelerator
 
 
