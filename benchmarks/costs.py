@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastgen import config, methods
 from fastgen.errors import UserError
@@ -45,6 +46,8 @@ class Counter:
         first = output[0] if isinstance(output, tuple) else output
         if torch.is_grad_enabled() and isinstance(first, Tensor) and first.requires_grad:
             self.trained += seen
+            if forward_ad.unpack_dual(first).tangent is not None:
+                self.forward += seen  # A derivative that comes with the answer costs what a call does.
         else:
             self.forward += seen
 

@@ -15,8 +15,9 @@ from fastgen.analytic import Gaussian
 from fastgen.denoiser import Denoiser, Guided, Predicts, Retimed
 from fastgen.errors import UserError
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.tiny import builders
 from fastgen.process import Trig
-from fastgen.tangents import Way, derivative, network_of, plain_attention
+from fastgen.tangents import Way, answer_and_derivative, derivative, network_of, plain_attention
 from tests.method_fakes import PROCESSES, FakePipeline
 from tests.tiny_models import PROMPTS, flux, sd3, sd15
 
@@ -95,6 +96,42 @@ def tiny(name: str, mode: str) -> tuple[Pipeline, Denoiser]:
     return pipeline, student
 
 
+def answers(student: Denoiser, condition: Any, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Value, derivative (in two passes, and in one) and gradients of the value, by our rules and by torch's own."""
+    torch.manual_seed(5)
+    kind = torch.float64 if student.network.dtype == torch.float64 else torch.float32
+    x, dx = torch.randn(2, *shape, dtype=kind)
+    t, down = torch.linspace(0.3, 0.8, len(x), dtype=kind), torch.randn(shape, dtype=kind)
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    function = as_v(Retimed(student, Trig()), condition)
+    found = []
+    for way in ("exact", "plain"):
+        one_way: Any = {"way": way}
+        alone = derivative(function, student, x, t, dx, 0.7, **one_way)
+        value, change = answer_and_derivative(lambda index: function, student, x, t, dx, 0.7, **one_way)
+        slopes = torch.autograd.grad((value * down).sum(), weights, allow_unused=True)
+        found.append([value.detach(), alone, change, *(slope for slope in slopes if slope is not None)])
+    return found[0], found[1]
+
+
+FAMILIES = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_rules_and_those_of_torch_agree(name: str, mode: str) -> None:
+    """In single precision, value, derivative and gradients to 1e-5 of the largest."""
+    pipeline = Pipeline.wrap(builders()[name](), roles={"student": mode}, lora=LoraOptions(rank=4))
+    student = pipeline.trainable("student")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    condition = pipeline.encode_prompts(list(PROMPTS[:2]))
+    for ours, theirs in zip(*answers(student, condition, (2, *pipeline.latent_shape)), strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["unet", "dit"])
 def test_through_a_diffusers_network(name: str, mode: str) -> None:
@@ -110,6 +147,8 @@ def test_through_a_diffusers_network(name: str, mode: str) -> None:
         assert some[1] < 0.05
         if name == "dit":
             assert 3.5 < some[0] / some[1] < 4.5
+    as_plain = answers(student, condition, shape)
+    torch.testing.assert_close(as_plain[0], as_plain[1], rtol=1e-9, atol=1e-9)
     if mode == "lora":
         x, t = torch.randn(shape).double(), torch.tensor([0.4, 0.6]).double()
         own, base = (derivative(as_v(d, condition), d, x, t, x) for d in (student, pipeline.frozen()))

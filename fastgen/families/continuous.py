@@ -24,7 +24,7 @@ from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Process, Trig
 from fastgen.samplers import FewStep
-from fastgen.tangents import Way, derivative
+from fastgen.tangents import Way, answer_and_derivative
 
 RIGHT = math.pi / 2
 TRIG = Trig()
@@ -116,10 +116,14 @@ class ContinuousConsistency(Method):
         metadata={"help": "weight over angles: none, prior (1 / (sigma_data tan)), adaptive (that times a learnt one)"},
     )
     tangent: Way = field(
-        default="exact", metadata={"help": "how derivatives are taken: exact, or by differences: central, semi"}
+        default="exact",
+        metadata={"help": "how derivatives are taken: exact, plain (by torch alone), or by differences: central, semi"},
     )
     tangent_step: float = field(
         default=1e-3, metadata={"help": "half the step of differences, in time from 0 to 1", "above": 0}
+    )
+    one_pass: bool = field(
+        default=True, metadata={"help": "an exact derivative comes with the answer that is trained, not from a pass of its own"}
     )
 
     family: ClassVar[str] = "consistency"
@@ -206,23 +210,27 @@ class ContinuousConsistency(Method):
         t = log_normal_times(len(x0), self.noise_mean, self.noise_std, self.sigma_data, x0.device)
         eps, told = torch.randn_like(x0), self.draw_scales(len(x0))
         xt = TRIG.add_noise(x0, eps, t)
-        answer = self.flow(xt, t, condition, guidance=told).v
         with torch.no_grad():
             speed = self.speed(xt, t, condition, x0, eps, told)
-            g = self.normalised(self.direction(xt, t, condition, answer, speed, told))
+        answer, turning = self.answer_and_turning(xt, t, condition, speed, told)
+        g = self.normalised(self.direction(xt, t, answer.detach(), speed, turning))
         return self.weighted(answer, answer.detach() + g, t)
 
-    def direction(
-        self, xt: Tensor, t: Tensor, condition: Condition, answer: Tensor, speed: Tensor, told: Tensor | None
-    ) -> Tensor:
-        """The tangent cos(angle) df / dangle at `xt`, its own terms let in by `share` (sCM, algorithm 1)."""
-        cos, sin = TRIG.coefficients(t, xt)
-        turning = derivative(
-            lambda x, t: self.flow(x, t, condition, guidance=told).v,
+    def answer_and_turning(
+        self, xt: Tensor, t: Tensor, condition: Condition, speed: Tensor, told: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The student's answer F, and dF / dangle along `speed`, without gradient."""
+        return answer_and_derivative(
+            lambda index: lambda x, t: self.flow(x, t, condition, guidance=told).v,
             *(self.flow, xt, t, speed, 1 / RIGHT),
             way=self.tangent,
             step=self.tangent_step,
+            one_pass=self.one_pass,
         )
+
+    def direction(self, xt: Tensor, t: Tensor, answer: Tensor, speed: Tensor, turning: Tensor) -> Tensor:
+        """The tangent cos(angle) df / dangle at `xt`, its own terms let in by `share` (sCM, algorithm 1)."""
+        cos, sin = TRIG.coefficients(t, xt)
         return -self.pull(cos, sin) * (answer - speed) - self.share * cos * sin * (xt + turning)
 
     def pull(self, cos: Tensor, sin: Tensor) -> Tensor:

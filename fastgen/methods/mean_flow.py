@@ -15,7 +15,7 @@ from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Flow
 from fastgen.samplers import MeanVelocity, even_times
-from fastgen.tangents import Way, derivative
+from fastgen.tangents import Way, answer_and_derivative
 
 FLOW = Flow()
 
@@ -43,9 +43,13 @@ class MeanFlow(MeanVelocities):
     constant: float = field(default=1e-3, metadata={"help": "is added to the error that divides", "above": 0})
     warmup: int = field(default=0, metadata={"help": "updates over which the derivative is let in", "at_least": 0})
     tangent: Way = field(
-        default="exact", metadata={"help": "how derivatives are taken: exact, or by differences, central or semi"}
+        default="exact",
+        metadata={"help": "how derivatives are taken: exact, plain (by torch alone), or by differences: central, semi"},
     )
     tangent_step: float = field(default=1e-3, metadata={"help": "step of differences, in time from 0 to 1", "above": 0})
+    one_pass: bool = field(
+        default=True, metadata={"help": "an exact derivative comes with the answer that is trained, not from a pass of its own"}
+    )
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
@@ -77,8 +81,8 @@ class MeanFlow(MeanVelocities):
         eps = torch.randn_like(x0)
         xt = FLOW.add_noise(x0, eps, t)
         speed = self.velocity(x0, eps, xt, t, condition)
-        target = speed - self.share * (t - s).view(-1, *[1] * (x0.ndim - 1)) * self.change(xt, t, s, condition, speed)
-        answer = self.mean_velocity(xt, t, s, condition)
+        answer, change = self.answer_and_change(xt, t, s, condition, speed)
+        target = speed - self.share * (t - s).view(-1, *[1] * (x0.ndim - 1)) * change
         error = (answer - target).square().mean(dim=tuple(range(1, x0.ndim)))
         return {"mean_flow": (error / (error.detach() + self.constant) ** self.power).mean()}
 
@@ -86,11 +90,16 @@ class MeanFlow(MeanVelocities):
         """The student's mean velocity from `t` down to `s`, flow times [B]."""
         return self.flow(x, t, condition, guidance=self.scales(len(x)), end=s).flow
 
-    def change(self, xt: Tensor, t: Tensor, s: Tensor, condition: Condition, speed: Tensor) -> Tensor:
-        """du / dt along the trajectory, s held: forward mode with the tangents (v, 1, 0)."""
-        return derivative(
-            lambda x, t: self.mean_velocity(x, t, s, condition),
+    def answer_and_change(self, xt: Tensor, t: Tensor, s: Tensor, condition: Condition, speed: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean velocity u, and du / dt along the trajectory, s held: forward mode with the tangents (v, 1, 0).
+
+        Samples whose times are one have no use for the latter.
+        """
+        return answer_and_derivative(
+            lambda index: lambda x, t: self.mean_velocity(x, t, s[index], condition[index]),
             *(self.flow, xt, t, speed),
             way=self.tangent,
             step=self.tangent_step,
+            one_pass=self.one_pass,
+            where=t > s,
         )
