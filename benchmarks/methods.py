@@ -65,8 +65,9 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 
 def trial(name: str, seed: int) -> tuple[float, int]:
     """CPU seconds of an update, and in which updates the student moves, from a short run."""
-    run, spent, update = recipe(name, seed), [], Trainer.update
-    every = student_every(run.method)
+    blank, run, spent, update = recipe(name, seed), recipe(name, seed), [], Trainer.update
+    blank.method.setup(open_pipeline(blank, offline=True))
+    every = student_every(blank.method)
     run.train.steps, run.data.pool = MOVES * every, 256
 
     def timed(trainer: Trainer) -> None:
