@@ -120,7 +120,7 @@ class Interrupts:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
-        at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        at_once: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         for each, handler in self.before.items():
             signal.signal(each, at_once[signal.Signals(each)] if handler is signal.SIG_IGN else handler)
 
