@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -35,6 +34,14 @@ def known() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastgen.methods, "_plugins", dict)
         return run_schema()
+
+
+@pytest.fixture(scope="module")
+def validator(known: dict[str, Any]) -> Any:
+    """The schema as something to hold a config against."""
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(known)
+    return jsonschema.Draft202012Validator(known)
 
 
 def outcome(read: Callable[[], RunConfig]) -> RunConfig | str:
@@ -186,7 +193,7 @@ def sections(draw: st.DrawFn, cls: Any) -> Any:
 
 @given(st.data())
 @loose
-def test_every_run_reads_back_from_what_is_printed(tmp_path: Path, known: dict[str, Any], data: st.DataObject) -> None:
+def test_every_run_reads_back_from_what_is_printed(tmp_path: Path, validator: Any, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(names()))
     parts = {key: data.draw(sections(cls)) for key, cls in config.SECTIONS.items()}
     roles = {"student": data.draw(st.sampled_from(["full", "lora"]))}
@@ -198,7 +205,7 @@ def test_every_run_reads_back_from_what_is_printed(tmp_path: Path, known: dict[s
     for text in (run.to_toml(), run.to_toml(help=True)):
         path.write_text(text, encoding="utf-8")
         assert config.load(path) == run
-    jsonschema.Draft202012Validator(known).validate(tomllib.loads(text))
+    validator.validate(tomllib.loads(text))
 
 
 def test_the_resolved_run_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +225,6 @@ def test_the_resolved_run_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_schema_beside_the_recipes_is_the_code_s(known: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    jsonschema.Draft202012Validator.check_schema(known)
     written = (ROOT / "schema.json").read_text(encoding="utf-8")
     assert json.loads(written) == known, "`fastgen distill --json-schema > configs/schema.json` writes it anew"
     with pytest.MonkeyPatch.context() as patch:
@@ -227,8 +233,7 @@ def test_the_schema_beside_the_recipes_is_the_code_s(known: dict[str, Any], caps
     assert capsys.readouterr().out == written
 
 
-def test_every_recipe_is_what_its_schema_says(known: dict[str, Any]) -> None:
-    validator = jsonschema.Draft202012Validator(known)
+def test_every_recipe_is_what_its_schema_says(validator: Any) -> None:
     for recipe in RECIPES:
         text = recipe.read_text(encoding="utf-8")
         told = text.splitlines()[0].removeprefix("#:schema ")
@@ -238,7 +243,7 @@ def test_every_recipe_is_what_its_schema_says(known: dict[str, Any]) -> None:
 
 @given(known_keys(), values)
 @loose
-def test_schema_and_parser_agree_on_each_value(known: dict[str, Any], place: tuple[str, tuple[str, ...]], value: Any) -> None:
+def test_schema_and_parser_agree_on_each_value(validator: Any, place: tuple[str, tuple[str, ...]], value: Any) -> None:
     name, keys = place
     assume(not (isinstance(value, float) and value.is_integer()))  # 1.0 is an integer to JSON
     tables: dict[str, Any] = {"method": {"name": name}}
@@ -247,7 +252,7 @@ def test_schema_and_parser_agree_on_each_value(known: dict[str, Any], place: tup
         table = table.setdefault(part, {})
     table[keys[-1]] = value
     found = outcome(lambda: config.from_tables(tables, schema.Source("any.toml")))
-    errors = list(jsonschema.Draft202012Validator(known).iter_errors(tables))
+    errors = list(validator.iter_errors(tables))
     if isinstance(found, RunConfig):
         assert not errors
     elif "any.toml: " + ".".join(keys) + " must be " in found and "finite" not in found and "2**63" not in found:

@@ -14,6 +14,7 @@ the order, and a run go on in the middle of an epoch.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ def picture_file(path: Path) -> Picture:
 
 
 def not_a_picture(picture: Picture, error: object) -> UserError:
-    return UserError(f"{picture.name}: is not a readable picture ({' '.join(str(error).split())})")
+    reason = re.sub(r"\s*<[^<>]*>", "", " ".join(str(error).split()))  # Pillow shows the file object
+    return UserError(f"{picture.name}: is not a readable picture ({reason})")
 
 
 def identities(pictures: Sequence[Picture]) -> list[tuple[Any, ...]]:
