@@ -101,7 +101,8 @@ def pointwise(backward: Callable[..., Tensor]) -> Rule:
         if dx is None or inplace:
             return NotImplemented
         y = func(x, **kwargs)
-        with torch.no_grad():
+        # Above autograd torch takes silu's backward apart, so as to differentiate it once more.
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             dy = backward(dx.to(y.dtype), x.to(y.dtype), **kwargs)
         return forward_ad.make_dual(y, dy)
 
@@ -114,10 +115,14 @@ def group_norm(func: Rule, input: Any, num_groups: int, weight: Any = None, bias
         return NotImplemented
     count, channels = x.shape[:2]
     sizes = (count, channels, x.numel() // (count * channels), num_groups)
-    y = func(x, num_groups, weight, bias, eps)
+    if whole := keeps_precision(x):
+        y, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes, eps)
+    else:
+        y = func(x, num_groups, weight, bias, eps)
     with torch.no_grad():
         x, dx = computed_in(x, y), computed_in(dx, y)
-        _, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
+        if not whole:
+            _, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
         dy = aten.native_group_norm_backward(dx, x, mean, rstd, None, *sizes, [True, False, False])[0]
         if weight is not None:
             dy.mul_(weight.view(-1, *[1] * (x.ndim - 2)))
@@ -131,14 +136,23 @@ def layer_norm(
     if dx is None or varies(weight, bias):
         return NotImplemented
     shape = list(normalized_shape)
-    y = func(x, shape, weight, bias, eps)
+    if whole := keeps_precision(x):
+        y, mean, rstd = torch.native_layer_norm(x.contiguous(), shape, weight, bias, eps)
+    else:
+        y = func(x, shape, weight, bias, eps)
     with torch.no_grad():
         x, dx = computed_in(x, y), computed_in(dx, y)
-        _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+        if not whole:
+            _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
         dy = aten.native_layer_norm_backward(dx, x, shape, mean, rstd, None, None, [True, False, False])[0]
         if weight is not None:
             dy.mul_(weight)
     return forward_ad.make_dual(y, dy.to(y.dtype))
+
+
+def keeps_precision(x: Tensor) -> bool:
+    """Whether a norm of `x` is computed in its own precision, so that the statistics of its kernel are those to use."""
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
 def computed_in(x: Tensor, y: Tensor) -> Tensor:
