@@ -20,7 +20,7 @@ from fastgen.method import Batch, Loss
 from fastgen.process import Flow
 from fastgen.training.calls import Calls
 from fastgen.training.gauges import GAUGES, gauge
-from fastgen.training.health import FEW, Health, from_losses, sampled, update_size
+from fastgen.training.health import FEW, Health, from_losses, moved_and_size, sampled, with_update_sizes
 from fastgen.training.loop import Trainer
 from fastgen.training.pictures import beside_teacher, contrast, diversity, saturation
 from tests.training_fakes import Duel, FakePipeline, fake_source, same, weights
@@ -136,8 +136,9 @@ def test_the_size_of_an_update_is_a_share_of_the_weights() -> None:
     with torch.no_grad():
         layer.weight.mul_(1.25)
         layer.bias.add_(100)  # vectors do not count
-    assert float(update_size(before, parts, torch.zeros(()))) == pytest.approx(0.25)
-    assert float(update_size([], parts, torch.ones(()))) == 0
+    found = {f"a/{name}": float(each) for name, each in moved_and_size(before, parts, torch.zeros(())).items()}
+    assert with_update_sizes({"a/x": 1.0, **found}) == {"a/x": 1.0, "a/update_size": pytest.approx(0.25)}
+    assert [float(each) for each in moved_and_size([], parts, torch.ones(())).values()] == [0, 0]
 
 
 # -- pictures -----------------------------------------------------------------------------------------

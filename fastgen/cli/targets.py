@@ -22,7 +22,7 @@ TOY_GUIDANCE = 3.0
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="of a run: this checkpoint, or best; default: the newest")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="of a run: this checkpoint, or best; default: newest")
     parser.add_argument("--no-ema", action="store_true", help="of a run: the weights themselves, not their average")
 
 

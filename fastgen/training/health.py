@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen.losses.readings import LEVELS, Readings, Summary
 from fastgen.training.gauges import Advice, Colour, Gauge, gauge
 
-__all__ = ["Health", "Value", "from_losses", "update_size"]
+__all__ = ["Health", "Value", "from_losses", "moved_and_size", "sampled", "with_update_sizes"]
 
 PREFIX = "reading/"
 FEW = 16
@@ -200,10 +200,29 @@ def sampled(parts: Sequence[Tensor]) -> list[Tensor]:
     return [part.detach().reshape(-1)[:SAMPLED].float().clone() for part in parts if part.ndim > 1 and part.numel()]
 
 
-def update_size(before: Sequence[Tensor], parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """How far `parts` have moved since `sampled` gave `before`, over their size then: a scalar; 0 where there is no matrix."""
+def moved_and_size(
+    before: Sequence[Tensor], parts: Sequence[Tensor], like: Tensor, copies: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """How far `parts` have moved since `sampled` gave `before`, and their size then, squared: scalars; 0 where no matrix is.
+
+    Their means over the processes are in the proportion of the whole, where `copies` says how many processes hold each part.
+    """
     if not before:
-        return torch.zeros_like(like)
-    moved = torch.stack([(now - then).square().sum() for now, then in zip(sampled(parts), before, strict=True)]).sum()
-    size = torch.stack([then.square().sum() for then in before]).sum()
-    return (moved / size.clamp_min(1e-24)).sqrt()
+        return {"moved": torch.zeros_like(like), "size": torch.zeros_like(like)}
+    shares = [1 / n for part, n in zip(parts, copies or [1] * len(parts), strict=True) if part.ndim > 1 and part.numel()]
+    pairs = list(zip(sampled(parts), before, shares, strict=True))
+    moved = torch.stack([share * (now - then).square().sum() for now, then, share in pairs]).sum()
+    size = torch.stack([share * then.square().sum() for _, then, share in pairs]).sum()
+    return {"moved": moved.to(like.device), "size": size.to(like.device)}
+
+
+def with_update_sizes(values: dict[str, float]) -> dict[str, float]:
+    """Means of a line with the size of an update in place of its two squares, which processes have averaged."""
+    found = {}
+    for name, value in values.items():
+        player, _, what = name.partition("/")
+        if what == "moved" and (size := values[f"{player}/size"]) > 0:
+            found[f"{player}/update_size"] = (value / size) ** 0.5
+        elif what not in ("moved", "size"):
+            found[name] = value
+    return found

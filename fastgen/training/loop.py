@@ -31,7 +31,7 @@ from fastgen.training.calls import Calls
 from fastgen.training.ema import EMA, course_of_decay
 from fastgen.training.faults import SKIP_LIMIT, Blame, disk_refused, losses_of_processes_told, why_skipped
 from fastgen.training.grids import Grids
-from fastgen.training.health import Health, sampled, update_size
+from fastgen.training.health import Health, moved_and_size, sampled, with_update_sizes
 from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank
 from fastgen.training.metrics import Averages, MetricsFile
 from fastgen.training.micro_batches import within_memory
@@ -294,7 +294,9 @@ class Trainer:
         before = sampled(turn.parts) if logged else []
         bad = optimizers.step(turn.optimizer, norm, options.max_grad_norm)
         if logged:
-            self.averages.add(f"{turn.player.name}/update_size", update_size(before, turn.parts, norm))
+            copies = [1 if isinstance(weight, DTensor) else processes() for weight in turn.weights]
+            for name, value in moved_and_size(before, turn.parts, norm, copies).items():
+                self.averages.add(f"{turn.player.name}/{name}", value)
         turn.scaler.update()
         turn.skipped += bad
         turn.in_a_row = (turn.in_a_row + 1) * bad
@@ -323,7 +325,7 @@ class Trainer:
         for turn in self.turns:
             self.check(turn)
         moved = {turn.player.name: self.averages.count(f"{turn.player.name}/gradient_norm") for turn in self.turns}
-        values = over_processes(self.averages.take(), self.device)
+        values = with_update_sizes(over_processes(self.averages.take(), self.device))
         for turn in self.turns:
             if skipped := int(turn.skipped):
                 values[f"{turn.player.name}/skipped"] = skipped
