@@ -12,6 +12,7 @@ gradients of the two are apart, and the error of differences at several steps.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -64,7 +65,7 @@ def toy(name: str) -> tuple[Pipeline, config.RunConfig]:
 
 
 def in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each way in each round, the first way's call again before every other's; the first round warms up."""
+    """CPU seconds of each way in each round; a round before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for place in range(rounds + 1):
         for name, way in ways.items():
@@ -122,10 +123,10 @@ def network_costs(denoiser: Denoiser, condition: Condition, shape: tuple[int, ..
 def update_costs(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Seconds of an update's loss and gradient on the toy teacher, by plain forward mode and by ours."""
     pipeline, run = toy(name)
-    kind = methods.find(name)
+    kind: Any = methods.find(name)
     options = {} if name == "mean_flow" else {"warmup": 0}
     torch.manual_seed(0)
-    made = {way: kind(tangent=way, **options) for way in ("plain", "exact")}
+    made: dict[str, Any] = {way: kind(tangent=way, **options) for way in ("plain", "exact")}
     for method in made.values():
         method.setup(pipeline)
     student = made["plain"].student
@@ -145,7 +146,11 @@ def update_costs(name: str, batch: int, rounds: int) -> dict[str, Any]:
         return [gradient for gradient in found if gradient is not None]
 
     seeds = {way: iter(range(rounds + 1)) for way in made}
-    turns = {way: (lambda way=way: update(made[way], next(seeds[way]))) for way in made}
+
+    def turn(way: str) -> list[Tensor]:
+        return update(made[way], next(seeds[way]))
+
+    turns: dict[str, Callable[[], object]] = {way: functools.partial(turn, way) for way in made}
     seconds = in_turns(turns, rounds)
     plain, exact = (torch.cat([each.flatten() for each in update(made[way], 99)]) for way in ("plain", "exact"))
     return {
