@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import fastgen.methods
 from fastgen import config, schema
 from fastgen.cli import main
+from fastgen.cli.json_schema import run_schema
 from fastgen.config import RunConfig
 from fastgen.errors import UserError
-from fastgen.json_schema import run_schema
 from fastgen.methods import find, names
 
 ROOT = Path(__file__).parents[1] / "configs"

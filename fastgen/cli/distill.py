@@ -34,7 +34,7 @@ class PrintSchema(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
-        from fastgen.json_schema import run_schema
+        from fastgen.cli.json_schema import run_schema
 
         print(json.dumps(run_schema(), indent=1, ensure_ascii=False))
         parser.exit()
