@@ -28,7 +28,7 @@ def launcher(name: str) -> list[str]:
         port = str(found.getsockname()[1])
     if name == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "fastgen"]
-    # With --cpu accelerate starts one process unless there is mpirun; --multi_gpu is torchrun's own launcher, with or without GPUs.
+    # With --cpu accelerate starts one process unless there is mpirun; --multi_gpu is torchrun, with or without GPUs.
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *options, f"--main_process_port={port}"]
     return [*accelerate, "--module", "fastgen"]
