@@ -110,6 +110,7 @@ class TrainConfig(Checked):
     ema: float                 = setting(0.0, "decay of the average of the student's weights; 0: none", at_least=0, below=1)
     ema_halflife: int          = setting(0, "in place of ema: samples after which a weight counts half; 0: none", at_least=0)
     ema_sigma_rel: float       = setting(0.0, "in place of ema: width of a power-law average; 0: off", at_least=0, at_most=0.28)
+    ema_posthoc: bool          = setting(False, "keep what power-law averages of any width are made of after training")
     checkpoint_every: int      = setting(500, "updates between checkpoints; 0: only the last", at_least=0)
     keep_checkpoints: int      = setting(2, "newest checkpoints kept; 0: all", at_least=0)
     sample_every: int          = setting(0, "updates between sample grids; 0: only at the end", at_least=0)

@@ -33,6 +33,7 @@ OPTIONS = TrainConfig(
     micro_batches=2,
     lr=1e-3,
     ema=0.9,
+    ema_posthoc=True,
     warmup=10,
     log_every=3,
     checkpoint_every=STEPS // SAVES,
@@ -148,7 +149,7 @@ def check(name: str, folder: Path, kills: int) -> None:
     assert halves, "none was killed while it wrote a checkpoint"
     assert not list((killed / "checkpoints").glob(".step-*")), "what was left half written is gone"
     (tensors, state, lines), (found, found_state, found_lines) = everything(straight), everything(killed)
-    assert {key.split("/")[0] for key in tensors} >= {"ema", "player-student", "optimizer-student", "random-00000"}
+    assert {key.split("/")[0] for key in tensors} >= {"ema", "averages", "player-student", "optimizer-student", "random-00000"}
     assert tensors.keys() == found.keys()
     assert [key for key, value in tensors.items() if not torch.equal(value, found[key])] == []
     assert state == found_state and lines == found_lines

@@ -24,6 +24,9 @@ TOY_GUIDANCE = 3.0
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="of a run: this checkpoint, or best; default: newest")
     parser.add_argument("--no-ema", action="store_true", help="of a run: the weights themselves, not their average")
+    parser.add_argument(
+        "--ema-sigma-rel", type=float, metavar="WIDTH", help="of a run with train.ema_posthoc: the average of this width"
+    )
 
 
 def is_run(target: str | Path) -> bool:
@@ -38,7 +41,11 @@ def open_run(target: str | Path, args: argparse.Namespace) -> LoadedRun:
     from fastgen.training.run import load_run
 
     device = checked_device(args)
-    return load_run(Path(target), checkpoint=args.checkpoint, ema=not args.no_ema, device=device, offline=args.offline)
+    width = args.ema_sigma_rel
+    if width is not None and args.no_ema:
+        raise UserError(f"--ema-sigma-rel {width:g} and --no-ema contradict each other; leave one of them out")
+    ema = not args.no_ema
+    return load_run(Path(target), checkpoint=args.checkpoint, ema=ema, sigma_rel=width, device=device, offline=args.offline)
 
 
 def export_run(

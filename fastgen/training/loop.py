@@ -35,6 +35,7 @@ from fastgen.training.health import Health, moved_and_size, sampled, with_update
 from fastgen.training.launch import Interrupted, Interrupts, make_accelerator, processes, rank
 from fastgen.training.metrics import Averages, MetricsFile
 from fastgen.training.micro_batches import within_memory
+from fastgen.training.posthoc import Tracked
 from fastgen.training.progress import Reporter
 from fastgen.training.quality import Quality
 from fastgen.training.random_state import random_state, set_random_state
@@ -116,7 +117,7 @@ class Trainer:
         self.share_weights()
         self.sharding = Sharding(method, options, self.device)
         self.start_players()
-        self.ema = self.start_ema()
+        self.ema, self.tracked = self.start_ema(), self.start_tracked()
 
     # -- players ----------------------------------------------------------------------------------
 
@@ -143,6 +144,9 @@ class Trainer:
     def start_ema(self) -> EMA | None:
         decay = course_of_decay(self.options, self.options.batch * processes())
         return None if decay is None else EMA(self.method.trained, decay)
+
+    def start_tracked(self) -> Tracked | None:
+        return Tracked(self.method.trained, self.step) if self.options.ema_posthoc else None
 
     def share_weights(self) -> None:
         """Every process starts from the weights of the first."""
@@ -221,13 +225,14 @@ class Trainer:
         if self.method.advance(self.step, self.total):
             self.start_players()
             self.share_weights()  # those of a player that comes with the stage are drawn by every process for itself
-            self.ema = self.start_ema()
+            self.ema, self.tracked = self.start_ema(), self.start_tracked()
         movers = [turn for turn in self.turns if (self.step + 1) % turn.player.every == 0]
         for turn in movers:
             self.move(turn)
         self.sharding.reshard()
-        if self.ema is not None and any(self.ema.follows(turn.weights) for turn in movers):
-            self.ema.update()
+        for average in (self.ema, self.tracked):
+            if average is not None and any(average.follows(turn.weights) for turn in movers):
+                average.update()
         self.step += 1
 
     def move(self, turn: Turn) -> None:

@@ -7,6 +7,7 @@
     RUN/samples/            sample grids
     RUN/checkpoints/        step-00000040/, ...
     RUN/best/               the checkpoint of best quality, where that is measured
+    RUN/averages/           of which averages of any width are made, where train.ema_posthoc is set
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fastgen.training.environment import describe_environment
 from fastgen.training.grids import Grids
 from fastgen.training.launch import Interrupted, available_cores, choose_threads, make_accelerator, processes, rank, wait
 from fastgen.training.loop import Trainer
+from fastgen.training.posthoc import reconstruct
 from fastgen.training.progress import Reporter
 from fastgen.training.quality import Quality
 from fastgen.training.random_state import seed_everything
@@ -49,7 +51,7 @@ from fastgen.training.random_state import seed_everything
 __all__ = ["LoadedRun", "distill", "load_run", "open_pipeline"]
 
 CONFIG, ENVIRONMENT = "config.toml", "environment.json"
-OURS = ("metrics.jsonl", "samples", "checkpoints", "best", ENVIRONMENT)
+OURS = ("metrics.jsonl", "samples", "checkpoints", "best", "averages", ENVIRONMENT)
 ENGINES = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 TOY_TEACHER = Path(__file__).parents[1] / "data" / "toy" / "weights" / "teacher"
 GRID_PROMPTS = 4
@@ -355,13 +357,15 @@ def load_run(
     *,
     checkpoint: Path | None = None,
     ema: bool = True,
+    sigma_rel: float | None = None,
     device: torch.device | str = "cpu",
     offline: bool = False,
 ) -> LoadedRun:
     """The student of a run directory, from its newest checkpoint or the one given; "best" is the one of best quality.
 
-    Its weights are the averaged ones where the run has an average, unless `ema` is false. Raises UserError where there is no
-    run or no checkpoint, and names a broken file.
+    Its weights are the averaged ones where the run has an average, unless `ema` is false; `sigma_rel` asks for the power-law
+    average of that width (`posthoc.reconstruct`). Raises UserError where there is none of that, no run or no checkpoint, and
+    names a broken file.
     """
     run = Path(run)
     if not (run / CONFIG).is_file():
@@ -379,9 +383,10 @@ def load_run(
     for player in method.players():
         if any(id(weight) in own for weight in player.weights.parameters()):
             saved.restore(saved.weights_of(player.weights), path, f"player-{player.name}")
-    averaged = ema and state["ema"] is not None
+    averaged = sigma_rel is not None or (ema and state["ema"] is not None)
     if averaged:
-        fill(dict(method.trained.named_parameters()), saved.read(path, "ema"))
+        average = saved.read(path, "ema") if sigma_rel is None else reconstruct(run, path, sigma_rel)
+        fill(dict(method.trained.named_parameters()), average)
     method.trained.requires_grad_(False).eval()
     return LoadedRun(config, pipeline, method, path, int(state["step"]), averaged)
 

@@ -3,6 +3,7 @@
 player-NAME     the weights that a player trains, and their buffers
 optimizer-NAME  its moments
 ema, method     the average, and the tensors that a method keeps
+averages        those of which others are made after training
 random-RANK     the random generators of every process
 state.json      counts and positions
 """
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgen.errors import UserError
-from fastgen.training import checkpoint
+from fastgen.training import checkpoint, posthoc
 from fastgen.training.faults import SAVE_TRIES
 from fastgen.training.launch import processes, rank
 from fastgen.training.random_state import random_state, set_random_state
@@ -61,6 +62,8 @@ def try_to_save(trainer: Trainer, needed: bool) -> Path | None:
         trainer.reporter.say(f"{text}; training goes on, and tries again when the next is due")
         return None
     trainer.unsaved = 0
+    if saved is not None and rank() == 0:
+        trainer.tolerant(lambda: posthoc.keep(saved, saved.parents[1]))
     return saved
 
 
@@ -133,6 +136,8 @@ def write_state(trainer: Trainer, writing: Writing) -> None:
             writing.put(f"player-{name}", checkpoint.weights_of(turn.player.weights))
         if trainer.ema is not None:
             writing.put("ema", trainer.ema.tensors())
+        if trainer.tracked is not None:
+            writing.put("averages", trainer.tracked.tensors())
         if main:
             keep = trainer.options.keep_checkpoints
             writing.attempt(lambda: checkpoint.finish(writing.partial, state, trainer.texts, keep=keep))
@@ -167,6 +172,9 @@ def load(trainer: Trainer, path: Path) -> None:
     if trainer.ema is not None and state["ema"] is not None:
         checkpoint.restore(trainer.ema.average, path, "ema")
         trainer.ema.updates = int(state["ema"])
+    trainer.tracked = trainer.start_tracked()
+    if trainer.tracked is not None:
+        trainer.tracked.load(path)
     trainer.averages.load_state(state["averages"])
     trainer.health.load_state(state.get("health", {}), trainer.device)
     if (path / f"random-{rank():05d}.safetensors").is_file():
