@@ -24,7 +24,7 @@ from fastgen.schema import Checked, Source, nearest, setting
 if TYPE_CHECKING:
     from fastgen.method import Method
 
-__all__ = ["DataConfig", "LoRAConfig", "PlayerConfig", "RunConfig", "TrainConfig", "load", "starter"]
+__all__ = ["DataConfig", "LoRAConfig", "PlayerConfig", "RunConfig", "SpeedConfig", "TrainConfig", "load", "starter"]
 
 ROLES = ("student", "fake_score")
 TOY = "toy"
@@ -140,6 +140,19 @@ class TrainConfig(Checked):
         return replace(self, **{key: value for key, value in changed.items() if value is not None})
 
 
+Attention = Literal[
+    "auto", "native", "native_math", "native_flash", "native_efficient", "native_cudnn", "xformers",
+    "flash", "flash_varlen", "flash_3", "flash_hub", "flash_varlen_hub", "flash_3_hub", "flex", "sage", "sage_hub",
+]  # fmt: skip
+
+
+@dataclass
+class SpeedConfig(Checked):
+    """How the same is computed sooner."""
+
+    attention: Attention = setting("auto", 'kernel of attention; "auto": the fastest of those that agree, as measured')
+
+
 @dataclass
 class RunConfig(Checked):
     """Everything a run is made of. `method` is an instance of the class that `fastgen.methods.find(method_name)` gives."""
@@ -156,6 +169,7 @@ class RunConfig(Checked):
     lora: LoRAConfig         = field(default_factory=LoRAConfig)
     data: DataConfig         = field(default_factory=DataConfig)
     train: TrainConfig       = field(default_factory=TrainConfig)
+    speed: SpeedConfig       = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,7 +221,7 @@ class RunConfig(Checked):
         return "\n".join(parts)
 
 
-SECTIONS = {"lora": LoRAConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS = {"lora": LoRAConfig, "data": DataConfig, "train": TrainConfig, "speed": SpeedConfig}
 SCALARS = ("pipeline", "teacher_weights", "teacher_loras", "quantize", "offload", "seed")
 ROOT_KEYS = (*SCALARS, "method", "roles", *SECTIONS)
 

@@ -125,6 +125,7 @@ def test_the_starter_config_is_complete_and_loads(tmp_path: Path) -> None:
     text = config.starter("lcm")
     run = load(tmp_path, text)
     assert run == RunConfig(method_name="lcm", method=Consistency())
+    assert '[speed]\nattention = "auto"' in text
     assert "# network calls" in text and "# learning rate;" in text
     assert "network =" not in text
 
@@ -135,6 +136,7 @@ WRONG = {
     ("lr=1e-5",):                            ["`lr=1e-5`", "did you mean 'train.lr'?"],
     ("pipelin=x",):                          ["did you mean 'pipeline'?"],
     ("method.guidence=1",):                  ["method.guidence is not an option of lcm", "did you mean 'guidance'?"],
+    ("speed.attention=xformer",):            ["`speed.attention=xformer`", "'native_math'", "did you mean 'xformers'?"],
     ("method.network=1",):                   ["method.network is not an option of lcm"],
     ("method.name=lcn",):                    ["`method.name=lcn`", "no method named 'lcn'", "did you mean 'lcm'?"],
     ("method.name=progressive",):            ["run.toml", "method.guidance is not an option of progressive"],
