@@ -2,175 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from fastgen.condition import Condition, EndInput, Nest, map_tensors, pad_alike
 from fastgen.errors import UserError
 from fastgen.process import Kind, Prediction, Process
 
-Nest = Any
-"""Tensors in dictionaries, lists and tuples; other leaves are left alone."""
-
-
-def map_tensors(function: Callable[..., Any], nest: Nest, *others: Nest) -> Nest:
-    """Apply `function` to each tensor of `nest` (and its twins in `others`), keeping the structure."""
-    if isinstance(nest, Tensor):
-        return function(nest, *others)
-    if isinstance(nest, Mapping):
-        return {key: map_tensors(function, value, *(other[key] for other in others)) for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        return type(nest)(map_tensors(function, *values) for values in zip(nest, *others, strict=True))
-    return nest
-
-
-def pad_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, zeros at the end of every dimension but the first until all have one size."""
-    sizes = {x.shape[1:] for x in tensors}
-    if len(sizes) == 1:
-        return list(tensors)
-    if len({x.ndim for x in tensors}) > 1:
-        raise ValueError(f"conditions of different structure cannot be joined: shapes {[tuple(x.shape) for x in tensors]}")
-    longest = [max(size) for size in zip(*sizes, strict=True)]
-    padding = [[n for size, to in zip(x.shape[:0:-1], longest[::-1], strict=True) for n in (0, to - size)] for x in tensors]
-    return [nn.functional.pad(x, wanted) if any(wanted) else x for x, wanted in zip(tensors, padding, strict=True)]
-
-
-@dataclass
-class Condition:
-    """What samples are conditioned on; only the pipeline that made it knows the keys.
-
-    `inputs` is a nest of tensors with the batch first; `shared` holds what does not depend on the sample (position ids, flags).
-    `null` is the unconditional twin, of the same structure, or None where the pipeline has none.
-
-    Samples and twins may differ in length: where they are joined, the shorter are padded with zeros at the end. The pipeline
-    keeps each sample's length among the inputs and takes the padding off again before its network is called.
-    """
-
-    inputs: dict[str, Nest]
-    shared: dict[str, Nest] = field(default_factory=dict)
-    null: Condition | None = None
-
-    def __len__(self) -> int:
-        sizes: list[int] = []
-        map_tensors(lambda x: sizes.append(len(x)), self.inputs)
-        return sizes[0] if sizes else 0
-
-    def _map(self, function: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor] | None = None) -> Condition:
-        null = self.null._map(function, shared) if self.null else None
-        return Condition(map_tensors(function, self.inputs), map_tensors(shared or (lambda x: x), self.shared), null)
-
-    def __getitem__(self, index: Tensor | slice | Sequence[int]) -> Condition:
-        """The samples at `index` (a slice, a list of positions, or an integer or boolean tensor)."""
-        return self._map(lambda x: x[index])
-
-    def repeat(self, times: int) -> Condition:
-        """Each sample `times` times, in place (a, a, b, b)."""
-        return self._map(lambda x: x.repeat_interleave(times, 0))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Move, and cast what is floating point."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
-
-        return self._map(move, move)
-
-    def dropout(self, drop: Tensor) -> Condition:
-        """The null condition where `drop` ([B], boolean) is true.
-
-        Raises ValueError where there is no null condition.
-        """
-        if self.null is None:
-            raise ValueError("this pipeline has no unconditional twin, so its conditions cannot be dropped")
-
-        def choose(yes: Tensor, no: Tensor) -> Tensor:
-            yes, no = pad_alike([yes, no])
-            return torch.where(drop.view(-1, *[1] * (yes.ndim - 1)), no, yes)
-
-        return Condition(map_tensors(choose, self.inputs, self.null.inputs), self.shared, self.null)
-
-    @staticmethod
-    def cat(conditions: Sequence[Condition]) -> Condition:
-        """One batch from several of equal structure; `shared` is taken from the first."""
-        first = conditions[0]
-        inputs = map_tensors(lambda *parts: torch.cat(pad_alike(parts)), first.inputs, *(c.inputs for c in conditions[1:]))
-        nulls = [c.null for c in conditions if c.null is not None]
-        null = Condition.cat(nulls) if len(nulls) == len(conditions) else None
-        return Condition(inputs, first.shared, null)
-
-    def save(self, path: Path) -> None:
-        """Write as safetensors; `load` reads it back."""
-        flat: dict[str, Tensor] = {}
-        _flatten({"inputs": self.inputs, "shared": self.shared}, "yes", flat)
-        if self.null:
-            _flatten({"inputs": self.null.inputs, "shared": self.null.shared}, "null", flat)
-        save_file({key: value.contiguous().clone() for key, value in flat.items()}, path)
-
-    def load(self, path: Path) -> Condition:
-        """A condition of this one's structure with the tensors of `path`."""
-        flat = load_file(path)
-
-        def fill(condition: Condition, name: str) -> Condition:
-            nest = _unflatten({"inputs": condition.inputs, "shared": condition.shared}, name, flat)
-            return Condition(nest["inputs"], nest["shared"], fill(condition.null, "null") if condition.null else None)
-
-        return fill(self, "yes")
-
-
-def _flatten(nest: Nest, name: str, flat: dict[str, Tensor]) -> None:
-    if isinstance(nest, Tensor):
-        flat[name] = nest
-    elif isinstance(nest, (Mapping, list, tuple)):
-        items = nest.items() if isinstance(nest, Mapping) else enumerate(nest)
-        for key, value in items:
-            _flatten(value, f"{name}/{key}", flat)
-
-
-def _unflatten(nest: Nest, name: str, flat: Mapping[str, Tensor]) -> Nest:
-    if isinstance(nest, Tensor):
-        return flat[name]
-    if isinstance(nest, Mapping):
-        return {key: _unflatten(value, f"{name}/{key}", flat) for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        return type(nest)(_unflatten(value, f"{name}/{i}", flat) for i, value in enumerate(nest))
-    return nest
-
-
-class EndInput(nn.Module):
-    """A second time as an input, for a network that has none: how far a call is to go, added to its embedding of the time.
-
-    Waves of t - s through two layers, of which the second is zero at first, so that the network goes on as it did.
-    """
-
-    def __init__(self, place: str, width: int, waves: int = 16, fastest: float = 16.0):
-        """`place` names the submodule that embeds the time, into `width` numbers; `fastest` is the quickest wave's rate.
-
-        A quick wave has a steep derivative, which is noise in what a mean velocity learns from.
-        """
-        super().__init__()
-        self.place = place
-        rates = torch.exp(torch.linspace(0.0, math.log(fastest), waves))
-        self.register_buffer("rates", rates, persistent=False)
-        self.enter, self.leave = nn.Linear(2 * waves, width), nn.Linear(width, width)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
-
-    rates: Tensor
-
-    def forward(self, span: Tensor) -> Tensor:
-        """[B, width] of t - s [B], in the time from 0 to 1 of the network's own process."""
-        phase = span.to(self.rates.dtype)[:, None] * self.rates
-        hidden = self.enter(torch.cat([phase.sin(), phase.cos()], 1).to(self.enter.weight.dtype))
-        embedding: Tensor = self.leave(nn.functional.silu(hidden))
-        return embedding
+__all__ = [
+    "Call",
+    "Condition",
+    "Denoiser",
+    "EndInput",
+    "Groups",
+    "Guide",
+    "Guided",
+    "Nest",
+    "Predicts",
+    "Retimed",
+    "features_of",
+    "guide",
+    "map_tensors",
+    "pad_alike",
+]
 
 
 class Predicts(Protocol):
@@ -202,6 +62,25 @@ Guide = Callable[[Tensor, Tensor, "float | Tensor"], Tensor]
 
 Groups = Callable[[Condition], list[Tensor]]
 """Which samples of a batch may share a call of the network: their indices, group by group."""
+
+
+def features_of(
+    denoiser: Predicts, xt: Tensor, t: Tensor, condition: Condition, layers: Sequence[str], **more: Any
+) -> dict[str, Tensor]:
+    """What `layers` give, as a call of `denoiser` with `features=layers` returns it, where its prediction is not asked for.
+
+    A network then stops after the last of them: what follows is neither computed nor kept for the backward pass, and of a
+    guided one the unconditional half is left out. `more` is `guidance` and `end`, as in the call.
+    """
+    ask = getattr(denoiser, "only_features", None)
+    if ask is None:
+        return denoiser(xt, t, condition, features=layers, **more).features or {}
+    found: dict[str, Tensor] = ask(xt, t, condition, features=layers, **more)
+    return found
+
+
+class Left(Exception):
+    """A network was left behind the last layer that was asked for."""
 
 
 def guide(yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor:
@@ -240,8 +119,14 @@ class Denoiser(nn.Module):
         self.call, self.process, self.kind, self.activate = call, process, kind, activate
         self.embeds_guidance, self.guide, self.groups = embeds_guidance, guide, groups
         self.end_input = end_input
+        self.partial = self.batched_guidance = True
+        self.layer_calls: dict[tuple[str, ...], int] = {}
 
     network: nn.Module
+    partial: bool
+    """Whether passes that are asked for features alone end behind the last of them."""
+    batched_guidance: bool
+    """Whether `Guided` calls it once, with a batch of twice the size, or twice."""
 
     @property
     def takes_end(self) -> bool:
@@ -264,16 +149,64 @@ class Denoiser(nn.Module):
         of the network whose outputs are returned with the prediction. `end` [B], at most t, is where the step ends, for a
         network that is told; None is t itself, no step. Raises ValueError where the network has no such input.
         """
-        if end is not None and self.end_input is None:
-            raise ValueError("this denoiser has no input for the time at which a step ends")
+        groups = self.groups(condition) if self.groups else []
+        if len(groups) < 2:
+            output, seen = self._run(xt, t, condition, guidance, features, end)
+            assert output is not None
+            return Prediction(output, self.kind, xt, t, self.process, seen or None)
+        parts: list[Prediction] = self._in_groups(self, groups, xt, t, condition, guidance, features, end)
+        back, t = torch.cat(groups).argsort(), t.expand(len(xt)) if t.ndim <= 1 else t
+        seen = _joined(features, [part.features or {} for part in parts], back)
+        return Prediction(torch.cat([part.output for part in parts])[back], self.kind, xt, t, self.process, seen or None)
+
+    def only_features(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The features of a call, without the rest of the pass (see `features_of`).
+
+        How often their layers are called in a pass, so which call is the last, is seen in the first whole one. A sharded
+        network makes whole passes: one that is left does not come to the end, where it gives back the weights it gathered.
+        """
         groups = self.groups(condition) if self.groups else []
         if len(groups) > 1:
-            return self._in_groups(groups, xt, t, condition, guidance, features, end)
+            parts = self._in_groups(self.only_features, groups, xt, t, condition, guidance, features, end)
+            return _joined(features, parts, torch.cat(groups).argsort())
+        stop = self.layer_calls.get(tuple(features), 0)
+        if self.partial and stop and not isinstance(self.network, FSDPModule):
+            return self._run(xt, t, condition, guidance, features, end, stop)[1]
+        whole: Prediction = self(xt, t, condition, guidance=guidance, features=features, end=end)
+        return whole.features or {}
+
+    def _run(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance: Tensor | None,
+        features: Sequence[str],
+        end: Tensor | None,
+        stop: int = 0,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The network's output and the features; no output where it is left at the call `stop`, from 1, of their layers."""
+        if end is not None and self.end_input is None:
+            raise ValueError("this denoiser has no input for the time at which a step ends")
         seen: dict[str, Tensor] = {}
+        calls = 0
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
+                nonlocal calls
                 seen[name] = output[0] if isinstance(output, tuple) else output
+                calls += 1
+                if calls == stop:
+                    raise Left
 
             return hook
 
@@ -282,16 +215,22 @@ class Denoiser(nn.Module):
             added = self.end_input((torch.zeros_like(t) if end is None else t - end).expand(len(xt)))
             place = self.network.get_submodule(self.end_input.place)
             hooks.append(place.register_forward_hook(lambda module, args, output: output + added.to(output.dtype)))
+        output = None
         try:
             with self.activate():
                 output = self.call(self.network, xt, t, condition, guidance)
+            if calls:
+                self.layer_calls[tuple(features)] = calls
+        except Left as left:
+            traceback.clear_frames(left.__traceback__)  # and with them what the layers that were left still hold
         finally:
             for handle in hooks:
                 handle.remove()
-        return Prediction(output, self.kind, xt, t, self.process, seen or None)
+        return output, seen
 
     def _in_groups(
         self,
+        ask: Callable[..., Any],
         groups: list[Tensor],
         xt: Tensor,
         t: Tensor,
@@ -299,18 +238,19 @@ class Denoiser(nn.Module):
         guidance: Tensor | None,
         features: Sequence[str],
         end: Tensor | None,
-    ) -> Prediction:
+    ) -> list[Any]:
         t = t.expand(len(xt)) if t.ndim <= 1 else t
 
-        def part(i: Tensor) -> Prediction:
+        def part(i: Tensor) -> Any:
             told, stop = (None if value is None else value[i] for value in (guidance, end))
-            prediction: Prediction = self(xt[i], t[i], condition[i], guidance=told, features=features, end=stop)
-            return prediction
+            return ask(xt[i], t[i], condition[i], guidance=told, features=features, end=stop)
 
-        parts = [part(i) for i in groups]
-        back = torch.cat(groups).argsort()
-        seen = {name: torch.cat(pad_alike([(part.features or {})[name] for part in parts]))[back] for name in features}
-        return Prediction(torch.cat([part.output for part in parts])[back], self.kind, xt, t, self.process, seen or None)
+        return [part(i) for i in groups]
+
+
+def _joined(layers: Sequence[str], parts: Sequence[dict[str, Tensor]], back: Tensor) -> dict[str, Tensor]:
+    """The features of a whole batch from those of its groups; `back` [B] is where each sample is in these."""
+    return {name: torch.cat(pad_alike([part[name] for part in parts]))[back] for name in layers}
 
 
 class Guided:
@@ -345,22 +285,44 @@ class Guided:
         """As `Denoiser.forward`; `guidance` [B], where given, takes the place of `scale`."""
         scale = self.scale if guidance is None else guidance
         if self.denoiser.embeds_guidance:
-            told = torch.as_tensor(scale, device=xt.device, dtype=torch.float32).expand(len(xt))
-            return self.denoiser(xt, t, condition, guidance=told, features=features, end=end)
+            return self.denoiser(xt, t, condition, guidance=self._told(scale, xt), features=features, end=end)
         if not isinstance(scale, Tensor) and scale == 1:
             return self.denoiser(xt, t, condition, features=features, end=end)
         if condition.null is None:
             raise UserError(f"guidance {scale} needs an unconditional twin, which this condition lacks; use a scale of 1")
         if isinstance(scale, Tensor):
             scale = scale.view(-1, *[1] * (xt.ndim - 1)).to(xt)
+        combine: Guide = getattr(self.denoiser, "guide", guide)
+        if not getattr(self.denoiser, "batched_guidance", True):
+            one = self.denoiser(xt, t, condition, features=features, end=end)
+            other = self.denoiser(xt, t, condition.null, end=end)
+            output = combine(one.output, other.output, scale)
+            return Prediction(output, one.kind, xt, t, one.process, one.features)
         t = t.expand(len(xt)) if t.ndim <= 1 else t
         both = Condition.cat([condition, condition.null])
         ends = None if end is None else torch.cat([end, end])
         double = self.denoiser(torch.cat([xt, xt]), torch.cat([t, t]), both, features=features, end=ends)
         yes, no = double.output.chunk(2)
         seen = {name: x.chunk(2)[0] for name, x in double.features.items()} if double.features else None
-        combine: Guide = getattr(self.denoiser, "guide", guide)
         return Prediction(combine(yes, no, scale), double.kind, xt, t, double.process, seen)
+
+    def only_features(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """See `features_of`: those of the conditional half."""
+        scale = self.scale if guidance is None else guidance
+        told = self._told(scale, xt) if self.denoiser.embeds_guidance else None
+        return features_of(self.denoiser, xt, t, condition, features, guidance=told, end=end)
+
+    def _told(self, scale: float | Tensor, xt: Tensor) -> Tensor:
+        return torch.as_tensor(scale, device=xt.device, dtype=torch.float32).expand(len(xt))
 
 
 class Retimed:
@@ -387,17 +349,36 @@ class Retimed:
         features: Sequence[str] = (),
         end: Tensor | None = None,
     ) -> Prediction:
+        shown, t_inner, end_inner = self._inner(xt, t, end)
+        prediction = self.denoiser(shown, t_inner, condition, guidance=guidance, features=features, end=end_inner)
+        # As v, which determines x0 and eps well at both ends of the process.
+        v = self.process.target("v", *prediction.solve(), t)
+        return Prediction(v, "v", xt, t, self.process, prediction.features)
+
+    def only_features(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        guidance: Tensor | None = None,
+        features: Sequence[str] = (),
+        end: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """See `features_of`."""
+        shown, t_inner, end_inner = self._inner(xt, t, end)
+        return features_of(self.denoiser, shown, t_inner, condition, features, guidance=guidance, end=end_inner)
+
+    def _inner(self, xt: Tensor, t: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the denoiser is shown of `xt` at `t`, at which of its own times, and where its step ends."""
         inner = self.denoiser.process
 
         def matched(time: Tensor) -> Tensor:
             return inner.time_at(self.process.ratio(time.double())).to(t.dtype)
 
-        t_inner, end_inner = matched(t), None if end is None else matched(end)
+        t_inner = matched(t)
         alpha, sigma = self.process.coefficients(t, xt)
         alpha_inner, sigma_inner = inner.coefficients(t_inner, xt)
         # Either ratio would do; each is safe where the other divides by zero.
         scale = torch.where(alpha > sigma, alpha_inner / alpha.clamp_min(1e-6), sigma_inner / sigma.clamp_min(1e-6))
-        prediction = self.denoiser(xt * scale, t_inner, condition, guidance=guidance, features=features, end=end_inner)
-        # As v, which determines x0 and eps well at both ends of the process.
-        v = self.process.target("v", *prediction.solve(), t)
-        return Prediction(v, "v", xt, t, self.process, prediction.features)
+        return xt * scale, t_inner, None if end is None else matched(end)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgen.critics.facts import sample_facts
 from fastgen.critics.heads import Heads
-from fastgen.denoiser import Condition, Denoiser, Predicts
+from fastgen.denoiser import Condition, Denoiser, Predicts, features_of
 from fastgen.errors import UserError
 
 
@@ -84,7 +84,7 @@ class FeatureCritic(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Logits [B, L], above zero for real, of noised samples `xt` at times `t` [B]."""
-        features = self.backbone(xt, t, condition, features=self.layers).features or {}
+        features = features_of(self.backbone, xt, t, condition, self.layers)
         known = sample_facts(t, condition) if self.known else None
         logits: Tensor = self.heads([features[layer] for layer in self.layers], known)
         return logits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastgen.critics.features import feature_shapes
 from fastgen.critics.heads import Heads
-from fastgen.denoiser import Condition, Denoiser
+from fastgen.denoiser import Condition, Denoiser, features_of
 
 
 class TransitionCritic(nn.Module):
@@ -71,7 +71,7 @@ class TransitionCritic(nn.Module):
             assert xt is not None and t is not None
             samples, times = [*samples, xt.to(ends[0])], [*times, t]
         both = Condition.cat([condition] * len(samples))
-        features = self.backbone(torch.cat(samples), torch.cat(times), both, features=self.layers).features or {}
+        features = features_of(self.backbone, torch.cat(samples), torch.cat(times), both, self.layers)
         split = [features[layer].chunk(len(samples)) for layer in self.layers]
         logits = []
         for i in range(len(ends)):
@@ -84,7 +84,7 @@ class TransitionCritic(nn.Module):
         named = {name: weight for name, weight in self.backbone.named_parameters() if weight.requires_grad}
         xt, half = torch.zeros(1, *latent_shape, device=self.device), torch.full((1,), 0.5, device=self.device)
         with torch.enable_grad():
-            features = self.backbone(xt, half, condition, features=self.layers).features or {}
+            features = features_of(self.backbone, xt, half, condition, self.layers)
             total = torch.stack([feature.float().sum() for feature in features.values()]).sum()
             grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         return {name: weight for (name, weight), grad in zip(named.items(), grads, strict=True) if grad is not None}

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastgen.denoiser import Condition, Guided, Predicts
+from fastgen.denoiser import Condition, Guided, Predicts, features_of
 from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
 from fastgen.losses import denoising, logit_normal_times, record_scores, snr, uniform_times, wide
@@ -169,6 +169,14 @@ class Unconditional:
         end: Tensor | None = None,
     ) -> Prediction:
         """As `Denoiser.forward`, with the null condition in the place of `condition`."""
+        return self.denoiser(xt, t, self._null(condition), guidance=guidance, features=features, end=end)
+
+    def only_features(self, xt: Tensor, t: Tensor, condition: Condition, **more: Any) -> dict[str, Tensor]:
+        """See `features_of`."""
+        layers = more.pop("features", ())
+        return features_of(self.denoiser, xt, t, self._null(condition), layers, **more)
+
+    def _null(self, condition: Condition) -> Condition:
         if condition.null is None:
             raise UserError("an unconditional score needs a condition with a null twin, which this pipeline's has not")
-        return self.denoiser(xt, t, condition.null, guidance=guidance, features=features, end=end)
+        return condition.null

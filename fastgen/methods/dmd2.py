@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastgen.critics import ScoreCritic, feature_shapes
-from fastgen.denoiser import Condition
+from fastgen.denoiser import features_of
 from fastgen.errors import UserError
 from fastgen.families.adversarial import layers_for
 from fastgen.families.score_distillation import ScoreDistillation
@@ -67,12 +67,12 @@ class DMD2(ScoreDistillation):
         t, eps = uniform_times(self.process, len(x), shift=self.noise_shift, device=x.device), torch.randn_like(x)
         assert batch.latents is not None
         real = batch.latents.to(x)
-        xt = self.process.add_noise(torch.cat([x, real]), torch.cat([eps, torch.randn_like(x)]), torch.cat([t, t]))
-        both = Condition.cat([batch.condition, batch.condition])
-        prediction = self.fake(xt, torch.cat([t, t]), both, features=self.critic.layers)
-        logits_fake, logits_real = self.critic.logits(prediction.features).chunk(2)
+        xt, shown = (self.process.add_noise(each, noise, t) for each, noise in ((x, eps), (real, torch.randn_like(x))))
+        prediction = self.fake(xt, t, batch.condition, features=self.critic.layers)
+        logits_fake = self.critic.logits(prediction.features)
+        logits_real = self.critic.logits(features_of(self.fake, shown, t, batch.condition, self.critic.layers))
         return {
-            "score": squared(prediction.output[: len(x)], self.process.target(prediction.kind, x, eps, t)),
+            "score": squared(prediction.output, self.process.target(prediction.kind, x, eps, t)),
             "gan": self.critic_weight * nonsaturating_critic(logits_real, logits_fake, t),
         }
 
@@ -82,6 +82,6 @@ class DMD2(ScoreDistillation):
         if self.gan_weight:
             t = uniform_times(self.process, len(x), shift=self.noise_shift, device=x.device)
             xt = self.process.add_noise(x, torch.randn_like(x), t)
-            features = self.fake(xt, t, batch.condition, features=self.critic.layers).features
+            features = features_of(self.fake, xt, t, batch.condition, self.critic.layers)
             terms["gan"] = self.gan_weight * nonsaturating_student(self.critic.logits(features))
         return terms

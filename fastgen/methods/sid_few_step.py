@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.denoiser import features_of
 from fastgen.errors import UserError
 from fastgen.families.adversarial import layers_for
 from fastgen.families.score_identity import ScoreIdentity, guarded
@@ -98,7 +99,7 @@ class SiDFewStep(ScoreIdentity):
         learns = self.fake_scales[0]
         xt, real = (self.process.add_noise(each, eps, t) for each in (x, batch.latents.to(x)))
         prediction = self.judged(learns)(xt, t, condition, features=self.layers)
-        features = self.judged(learns if learns == 0 else self.told)(real, t, condition, features=self.layers).features
+        features = features_of(self.judged(learns if learns == 0 else self.told), real, t, condition, self.layers)
         return {
             "score": squared(prediction.output, self.process.target(prediction.kind, x, eps, t)),
             "gan": self.critic_weight / 2 * nonsaturating_critic(pooled(features), pooled(prediction.features), t),
