@@ -142,7 +142,7 @@ class TrainConfig(Checked):
 
 Attention = Literal[
     "auto", "native", "native_math", "native_flash", "native_efficient", "native_cudnn", "xformers",
-    "flash", "flash_varlen", "flash_3", "flash_hub", "flash_varlen_hub", "flash_3_hub", "flex", "sage", "sage_hub",
+    "flash", "flash_3", "flash_hub", "flash_varlen_hub", "flash_3_hub", "flex", "sage", "sage_hub",
 ]  # fmt: skip
 
 
