@@ -39,10 +39,16 @@ class Counter:
         return self
 
     def watch(self, network: nn.Module) -> None:
-        network.register_forward_hook(self.see, with_kwargs=True)
+        network.register_forward_hook(self.see, with_kwargs=True, always_call=True)
 
     def see(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        seen = len(next(each for each in (*arguments, *named.values()) if isinstance(each, Tensor) and each.ndim == 4))
+        sample = next(each for each in (*arguments, *named.values()) if isinstance(each, Tensor) and each.ndim == 4)
+        seen = len(sample)
+        if output is None:  # It was left behind the last feature that was asked for, and counts as whole.
+            learns = sample.requires_grad or any(weight.requires_grad for weight in module.parameters())
+            self.trained += seen * (torch.is_grad_enabled() and learns)
+            self.forward += seen * (not (torch.is_grad_enabled() and learns))
+            return
         first = output[0] if isinstance(output, tuple) else output
         if torch.is_grad_enabled() and isinstance(first, Tensor) and first.requires_grad:
             self.trained += seen
