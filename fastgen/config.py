@@ -151,6 +151,11 @@ class SpeedConfig(Checked):
     """How the same is computed sooner."""
 
     attention: Attention = setting("auto", 'kernel of attention; "auto": the fastest of those that agree, as measured')
+    partial_passes: bool    = setting(True, "end a pass that a discriminator alone looks at behind the last layer it looks at")
+    batched_guidance: bool  = setting(True, "both halves of a guided call as one batch; false: two calls, in less memory")
+    compile: bool           = setting(False, "torch.compile for the blocks that networks repeat; not with forward mode")
+    channels_last: bool     = setting(False, "convolutions' weights with the channels last, for UNets on a GPU")
+    prefetch: bool          = setting(True, "get the next batch ready meanwhile, where it is read from a disk or sent to a GPU")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastgen.condition import Condition, EndInput, Nest, map_tensors, pad_alike
 from fastgen.errors import UserError
 from fastgen.process import Kind, Prediction, Process
+from fastgen.taps import Taps
 
 __all__ = [
     "Call",
@@ -77,10 +77,6 @@ def features_of(
         return denoiser(xt, t, condition, features=layers, **more).features or {}
     found: dict[str, Tensor] = ask(xt, t, condition, features=layers, **more)
     return found
-
-
-class Left(Exception):
-    """A network was left behind the last layer that was asked for."""
 
 
 def guide(yes: Tensor, no: Tensor, scale: float | Tensor) -> Tensor:
@@ -197,36 +193,18 @@ class Denoiser(nn.Module):
         """The network's output and the features; no output where it is left at the call `stop`, from 1, of their layers."""
         if end is not None and self.end_input is None:
             raise ValueError("this denoiser has no input for the time at which a step ends")
-        seen: dict[str, Tensor] = {}
-        calls = 0
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                nonlocal calls
-                seen[name] = output[0] if isinstance(output, tuple) else output
-                calls += 1
-                if calls == stop:
-                    raise Left
-
-            return hook
-
-        hooks = [self.network.get_submodule(name).register_forward_hook(keep(name)) for name in features]
+        place = added = output = None
         if self.end_input is not None:
-            added = self.end_input((torch.zeros_like(t) if end is None else t - end).expand(len(xt)))
-            place = self.network.get_submodule(self.end_input.place)
-            hooks.append(place.register_forward_hook(lambda module, args, output: output + added.to(output.dtype)))
-        output = None
-        try:
+            place, added = (
+                self.end_input.place,
+                self.end_input((torch.zeros_like(t) if end is None else t - end).expand(len(xt))),
+            )
+        with Taps(self.network, features, stop, place=place, added=added) as taps:
             with self.activate():
                 output = self.call(self.network, xt, t, condition, guidance)
-            if calls:
-                self.layer_calls[tuple(features)] = calls
-        except Left as left:
-            traceback.clear_frames(left.__traceback__)  # and with them what the layers that were left still hold
-        finally:
-            for handle in hooks:
-                handle.remove()
-        return output, seen
+            if features:
+                self.layer_calls[tuple(features)] = taps.calls
+        return output, taps.seen
 
     def _in_groups(
         self,
