@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from fastgen.config import RunConfig, SpeedConfig
+from fastgen.data.ahead import ahead
+from fastgen.data.source import Source
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.pipelines import Pipeline
 from fastgen.training.attention import takes_forward_mode
 from fastgen.training.sharding import blocks, reached
 
-__all__ = ["Compilations", "compile_blocks", "repeated_blocks", "set_up", "switch"]
+__all__ = ["Compilations", "compile_blocks", "prefetching", "repeated_blocks", "set_up", "switch"]
 
 RESNETS = ("ResnetBlock2D",)
 """What UNets repeat beside the transformer blocks that diffusers names."""
@@ -37,6 +39,11 @@ def set_up(config: RunConfig, pipeline: Pipeline, say: Say) -> None:
     refuse(config)
     config.method.setup(pipeline)
     switch(config.method, config.speed, say)
+
+
+def prefetching(source: Source, config: RunConfig) -> Source:
+    """The run's data, a batch ahead where that is wanted and saves waiting."""
+    return ahead(source) if config.speed.prefetch else source
 
 
 def refuse(config: RunConfig) -> None:
