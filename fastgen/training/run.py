@@ -37,6 +37,7 @@ from fastgen.method import Method
 from fastgen.pipelines import LoraOptions, Pipeline, load_pipeline
 from fastgen.samplers import FewStep, even_times
 from fastgen.training import checkpoint as saved
+from fastgen.training.attention import settle_attention
 from fastgen.training.best import find_best
 from fastgen.training.ema import fill
 from fastgen.training.environment import describe_environment
@@ -47,6 +48,7 @@ from fastgen.training.posthoc import reconstruct
 from fastgen.training.progress import Reporter
 from fastgen.training.quality import Quality
 from fastgen.training.random_state import seed_everything
+from fastgen.training.speed import prefetching, set_up
 
 __all__ = ["LoadedRun", "distill", "load_run", "open_pipeline"]
 
@@ -61,7 +63,7 @@ FREE_TO_CHANGE = frozenset(
         *("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "log_every", "threads", "sharding"),
         *("teacher_steps", "quality_every", "quality_samples", "keep_best", "patience", "trackers"),
     )
-) | {"data.cache", "data.workers", "offload"}
+) | {"data.cache", "data.workers", "offload", "speed.attention", "speed.prefetch"}
 """What a resumed run may do otherwise: none of it changes what is learned."""
 
 
@@ -96,11 +98,12 @@ def distill(
         torch.set_num_threads(threads)
         reporter.say(f"loading {config.pipeline} ({threads} CPU thread{'s' * (threads > 1)}, {place})")
         pipeline = open_pipeline(config, device=place, offline=offline)
+        kernel = settle_attention(config, pipeline, start, output, place, autocast=accelerator.autocast, say=reporter.say)
         seed_everything(config.seed)
-        config.method.setup(pipeline)
+        set_up(config, pipeline, reporter.say)
         reporter.say("encoding the data")
-        share: dict[str, Any] = {"rank": rank(), "processes": processes(), "say": reporter.say}
-        data = load_source(pipeline, config.data, config.method.needs, seed=config.seed, device=place, **share)
+        share: dict[str, Any] = {"rank": rank(), "processes": processes(), "say": reporter.say, "seed": config.seed}
+        data = prefetching(load_source(pipeline, config.data, config.method.needs, device=place, **share), config)
         agree(data, place)
         grids, quality = None, None
         if rank() == 0 or config.train.sharding != "none":  # What is sharded is sampled by all.
@@ -117,9 +120,7 @@ def distill(
         free_text_encoders(pipeline)
         seed_everything(config.seed + 1_000_003 * rank())
         trainer = Trainer(
-            config.method,
-            data,
-            config.train,
+            *(config.method, data, config.train),
             run_directory=output,
             device=place,
             accelerator=accelerator,
@@ -140,7 +141,7 @@ def distill(
         if start is None and trainer.metrics is not None:
             trainer.metrics.cut(0)
         write_text(output / CONFIG, text)
-        write_text(output / ENVIRONMENT, json.dumps(describe_environment(place, processes()), indent=1))
+        write_text(output / ENVIRONMENT, json.dumps(describe_environment(place, processes()) | kernel, indent=1))
     wait()
     trainer.trackers.start("fastgen", tracked(text))
     try:
