@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.critics import feature_shapes
 from fastgen.denoiser import features_of
 from fastgen.errors import UserError
 from fastgen.families.adversarial import layers_for
@@ -82,6 +83,8 @@ class SiDFewStep(ScoreIdentity):
             self.teacher = pipeline.frozen()
             self.guide_fake(*((0.0, 0.0) if self.strategy == "zero" else (1.0, self.anti_guidance)), self.prompt_dropout)
         self.layers = layers_for(f"gan_weight = {self.gan_weight:g}", pipeline) if self.gan_weight else ()
+        if self.layers:  # Said now if they give nothing to read, and how often they are called.
+            feature_shapes(self.critic.fake, self.layers, pipeline.latent_shape, pipeline.encode_prompts([""]), self.device)
 
     def sampler(self, steps: int | None = None) -> FewStep:
         sampler = super().sampler(steps)

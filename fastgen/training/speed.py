@@ -6,7 +6,7 @@ come: blocks of a class share what was compiled for the first of them. Weights, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,18 +72,24 @@ def switch(method: Method, options: SpeedConfig, say: Say, *, backend: str = "in
     for denoiser in denoisers:
         denoiser.partial, denoiser.batched_guidance = options.partial_passes, options.batched_guidance
     networks = list({id(denoiser.network): denoiser.network for denoiser in denoisers}.values())
+    tapped: dict[int, set[str]] = {id(network): set() for network in networks}
+    for denoiser in denoisers:
+        tapped[id(denoiser.network)].update(layer for layers in denoiser.layer_calls for layer in layers)
+        if denoiser.end_input is not None:
+            tapped[id(denoiser.network)].add(denoiser.end_input.place)
     if options.channels_last:
         for network in networks:
             lay_out(network)
     if options.compile:
-        compiled = [compile_blocks(network, backend=backend) for network in networks]
+        compiled = [compile_blocks(network, tapped[id(network)], backend=backend) for network in networks]
         Compilations(say).listen()
         say(f"compiling {sum(map(len, compiled))} blocks, each when it is first called")
 
 
 def lay_out(network: nn.Module) -> None:
     """Keep the weights of convolutions with the channels last, in which their kernels read them; maps follow."""
-    if not any(isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) for module in network.modules()):
+    # Of the pieces that a transformer cuts a picture into none overlap.
+    if not any(isinstance(module, nn.Conv2d) and module.kernel_size > module.stride for module in network.modules()):
         raise UserError(
             f"speed.channels_last = true is for networks of convolutions, which {type(network).__name__} is not; set it false"
         )
@@ -99,9 +105,14 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     return named or blocks(network)
 
 
-def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> list[nn.Module]:
-    """Let torch compile the repeated blocks when they are first called; returns them. Raises UserError where there are none."""
-    found = repeated_blocks(network)
+def compile_blocks(network: nn.Module, tapped: Collection[str] = (), *, backend: str = "inductor") -> list[nn.Module]:
+    """Let torch compile the repeated blocks when they are first called; returns them. Raises UserError where there are none.
+
+    Those that hold one of the layers `tapped` stay as they are: `Taps` would take turns with what is compiled, and where blocks
+    are computed again in the backward pass the two must not differ.
+    """
+    places = [network.get_submodule(layer) for layer in tapped]
+    found = [block for block in repeated_blocks(network) if not any(place in block.modules() for place in places)]
     if not found:
         raise UserError(f"speed.compile = true: {type(network).__name__} has no repeated blocks to compile; set it false")
     import torch._dynamo.config as dynamo  # heavy, and for those who compile alone
