@@ -43,8 +43,8 @@ class Call:
             return None
         if self.mask.dtype != torch.bool:
             return "added"
-        keys_alone = self.mask.ndim == 4 and self.mask.shape[-2] == 1 and self.mask.shape[1] == 1
-        return "keys" if keys_alone or self.mask.ndim == 2 else "pairs"
+        of_keys = self.mask.ndim == 4 and self.mask.shape[1] == self.mask.shape[2] == 1
+        return "keys" if of_keys or self.mask.shape == (len(self.key), self.key.shape[2]) else "pairs"
 
     def describe(self) -> dict[str, Any]:
         """All that the choice of a kernel depends on, as JSON."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata as metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,22 +13,20 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import known_trouble
 from fastgen.cli.known_trouble import DISTRIBUTION, GIB, Finding
 from fastgen.cli.options import add_common, emit, writable
 from fastgen.errors import UserError
 
+if TYPE_CHECKING:
+    from fastgen.attention.kernels import Kernel
+
 MOST = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 EXTRAS = ("eval", "adversarial", "quantized", "came", "datasets", "xformers")
 LITTLE_DISK = 5  # GiB
 TOY_PARTS = ("teacher", "clip", "reader")
-KERNELS = {  # import name -> what brings it
-    "xformers.ops":   "xformers",
-    "flash_attn":     "flash-attn",
-    "sageattention":  "sageattention",
-    "kernels":        "kernels (prebuilt flash attention from the hub)",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,26 +147,43 @@ def memory_limit() -> float:
 
 
 def attention() -> Iterator[Finding]:
-    """Each attention kernel: installed, importable, and able to run on the best device here."""
+    """The attention kernels of each package: found, and able to run on the best device here."""
     import torch
 
+    from fastgen.attention.kernels import KERNELS, missing, unfit
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield Finding("attention", "ok", "torch's scaled dot product: always there, used by default")
-    for module, brings in KERNELS.items():
-        if importlib.util.find_spec(module.split(".")[0]) is None:
-            yield Finding(f"attention: {module}", "note", f"not installed ({brings}); not needed")
-            continue
-        try:
-            kernel = importlib.import_module(module)
-            if module == "xformers.ops":
-                query = torch.zeros(1, 4, 1, 16, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
-                kernel.memory_efficient_attention(query, query, query)
-        except Exception as error:  # a broken build may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:90]
-            detail = f"installed, but does not run on {device} ({reason}); torch's is used"
-            yield Finding(f"attention: {module}", "note", detail)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    asked: dict[str, Any] = {"training": False, "forward_mode": False, "device": device, "capability": capability}
+    for package in dict.fromkeys(each.package for each in KERNELS.values()):
+        own = [each for each in KERNELS.values() if each.package == package]
+        reasons = {each: missing(each) or unfit(each, **asked) or failing(each, device) for each in own}
+        runs = [f"{each.name}{'' if each.trains else ' (inference alone)'}" for each, reason in reasons.items() if not reason]
+        topic = "attention" if package == "torch" else f"attention: {package}"
+        if runs:
+            chosen = "native is used" if device == "cpu" else 'speed.attention = "auto" takes the fastest that a run can have'
+            yield Finding(topic, "ok", f"{', '.join(runs)} on {device}{f': {chosen}' if package == 'torch' else ''}")
         else:
-            yield Finding(f"attention: {module}", "ok", f"runs on {device}" if module == "xformers.ops" else "imports")
+            yield Finding(topic, "note", f"{next(iter(reasons.values()))}; not needed")
+
+
+def failing(kernel: Kernel, device: str) -> str:
+    """Why a kernel that is there does not compute on a GPU, "" where it does; a CPU has torch's alone."""
+    if device == "cpu":
+        return ""
+    import torch
+
+    from fastgen.attention.calls import made_up
+    from fastgen.attention.measure import agrees, errors
+    from fastgen.attention.processors import load
+
+    call = made_up(1, 2, 64, 64, 64, dtype=torch.float16, device=device)
+    try:
+        load(kernel)
+        found = errors(kernel, [call], training=kernel.trains)
+        return agrees(found, [call]) if kernel.trains else ""
+    except Exception as error:  # a broken build may raise anything
+        return f"installed, but does not run ({(str(error).splitlines() or [type(error).__name__])[0][:90]})"
 
 
 def shipped() -> Iterator[Finding]:

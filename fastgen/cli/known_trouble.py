@@ -18,8 +18,9 @@ GIB = 2**30
 SECONDS = 3.0
 
 COMPANIONS = (  # packages whose own demands on the others are looked at
-    "torchvision", "torchaudio", "xformers", "flash-attn", "bitsandbytes", "torchao", "diffusers", "transformers", "accelerate",
-    "peft", "open-clip-torch", "timm", "torch-fidelity", "datasets", "pytorch-optimizer", "tokenizers", "huggingface-hub",
+    "torchvision", "torchaudio", "xformers", "flash-attn", "sageattention", "kernels", "bitsandbytes", "torchao", "diffusers",
+    "transformers", "accelerate", "peft", "open-clip-torch", "timm", "torch-fidelity", "datasets", "pytorch-optimizer",
+    "tokenizers", "huggingface-hub",
 )  # fmt: skip
 CORE = frozenset({
     "torch", "numpy", "pillow", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers",
