@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -136,7 +136,7 @@ def seconds(kernels: Sequence[Kernel], calls: Sequence[Call], *, training: bool,
         times: dict[str, list[float]] = {each.name: [] for each in kernels}
         for kernel in kernels:
             _once(kernel, call, 1, training)  # what is done at the first call alone
-        some = {each.name: max(1, math.ceil(LEAST_SECONDS / _once(each, call, 1, training))) for each in kernels}
+        some = {each.name: max(1, math.ceil(LEAST_SECONDS / max(_once(each, call, 1, training), 1e-7))) for each in kernels}
         for _ in range(rounds):
             for kernel in kernels:
                 times[kernel.name].append(_once(kernel, call, some[kernel.name], training))
@@ -149,18 +149,18 @@ def _once(kernel: Kernel, call: Call, repeats: int, training: bool) -> float:
     """Seconds of one of `repeats` computations of a call."""
     inputs = [each.detach().requires_grad_(training) for each in (call.query, call.key, call.value)]
     towards = call.query.new_ones(*call.query.shape[:-1], call.value.shape[-1])
-    call = replace(call, query=inputs[0], key=inputs[1], value=inputs[2])
-    _wait(call)
-    start = time.perf_counter()
+    start = _now(call)
     for _ in range(repeats):
         with torch.set_grad_enabled(training):
             found = run(kernel, call, *inputs)
         if training:
             torch.autograd.grad(found, inputs, towards)
-    _wait(call)
-    return (time.perf_counter() - start) / repeats
+    return (_now(call) - start) / repeats
 
 
-def _wait(call: Call) -> None:
-    if call.query.is_cuda:
-        torch.cuda.synchronize(call.query.device)
+def _now(call: Call) -> float:
+    """Seconds on a GPU that has done all it was given; of a CPU's own time, which other programs disturb least."""
+    if not call.query.is_cuda:
+        return time.process_time()
+    torch.cuda.synchronize(call.query.device)
+    return time.perf_counter()

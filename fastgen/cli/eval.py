@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgen.cli.kernels import add_attention, set_attention
 from fastgen.cli.options import add_common, checked_device, emit, say, seed
 from fastgen.cli.targets import add_run_options, call_with, export_run, is_run, open_run, plain_folder, toy_guidance
 from fastgen.errors import UserError
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from fastgen.eval import Evaluation, World
 
 
@@ -31,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--latency", action="store_true", help="seconds and memory too, at batch 1 and 8, with nothing else running"
     )
+    add_attention(parser)
     add_run_options(parser)
     add_common(parser, "JSON file for the whole record")
 
@@ -109,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
             pictures = Path(aside) / "pictures"
         evaluation = evaluate(
             folder, number=args.number, steps=steps, guidance=guidance, call=call, only=names(args.metrics),
-            progress=lambda done, total: say(args, f"{done} of {total} pictures"), images_folder=pictures, **asked,
+            progress=lambda done, total: say(args, f"{done} of {total} pictures"), images_folder=pictures,
+            prepare=lambda pipeline: attend(args, pipeline), **asked,
         )  # fmt: skip
         if args.geneval is not None and pictures is not None:
             arrange(pictures, evaluation.prompts, args)
@@ -117,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         if args.latency:
             say(args, "latency")
             prompt = evaluation.prompts[0]
-            latency = latency_of(folder, asked["device"], steps=steps, guidance=guidance, call=call, prompt=prompt)
+            latency = latency_of(args, folder, asked["device"], steps=steps, guidance=guidance, call=call, prompt=prompt)
     evaluation.settings["target"] = evaluation.protocol["model"]["name"] = args.target
     if loaded is not None:
         evaluation.settings |= {"updates": loaded.step, "averaged": loaded.averaged}
@@ -154,12 +159,20 @@ def scores_as_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def latency_of(folder: str, device: str, **options: Any) -> dict[str, Any]:
+def attend(args: argparse.Namespace, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline whose network has the attention kernel that is asked for."""
+    from fastgen.pipelines.base import network_name
+
+    set_attention(args, [getattr(pipeline, network_name(pipeline))])
+    return pipeline
+
+
+def latency_of(args: argparse.Namespace, folder: str, device: str, **options: Any) -> dict[str, Any]:
     """Latency and memory of the pipeline in `folder`, called as it was measured."""
     from fastgen.eval.generate import load_pipeline
     from fastgen.eval.latency import measure_latency
 
-    return measure_latency(load_pipeline(folder, device=device), **options)
+    return measure_latency(attend(args, load_pipeline(folder, device=device)), **options)
 
 
 def latency_as_lines(latency: dict[str, Any]) -> list[str]:

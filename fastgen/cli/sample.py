@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgen.cli.kernels import add_attention, set_attention
 from fastgen.cli.options import add_common, checked_device, emit, say, seed, writable
 from fastgen.cli.targets import (
     add_run_options,
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how far, 0 to 1: 0.1 for SD 1.5, 0.5 for PixArt (default 0.1)",
     )
     parser.add_argument("--force", action="store_true", help="sample an export or a run otherwise than it was trained to be")
+    add_attention(parser)
     add_run_options(parser)
     add_common(parser, "folder for the pictures (default: samples)")
 
@@ -90,9 +92,11 @@ def from_run(args: argparse.Namespace, first: int) -> Iterator[tuple[str, int, I
 
     from fastgen.export import require_trained
     from fastgen.samplers import FewStep
+    from fastgen.training.sharding import reached
 
     loaded = open_run(args.target, args)
     (sampler, trained), pipeline = chosen_sampler(loaded, args.steps), loaded.pipeline
+    set_attention(args, (each.network for each in reached(loaded.method)[0]))
     if args.guidance is not None:
         if not isinstance(sampler, FewStep):
             raise UserError(f"--guidance: the sampler of {loaded.config.method_name} takes none")
@@ -116,6 +120,7 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
     import torch
 
     from fastgen.pipelines import load_pipeline
+    from fastgen.pipelines.base import network_name
 
     where = plain_folder(args.target)
     call = call_with(where, args.steps, toy_guidance(where, args.guidance), force=args.force)
@@ -130,6 +135,7 @@ def from_diffusers(args: argparse.Namespace, first: int) -> Iterator[tuple[str, 
         own = loaded.default_guidance if scale is None else scale + loaded.form.guidance_offset
         steered = away(args, loaded, loaded.frozen(), 1.0 if loaded.embeds_guidance else own)
     pipeline.set_progress_bar_config(disable=True)
+    set_attention(args, [getattr(pipeline, network_name(pipeline))])
     with steered:
         for prompt in args.prompts:
             for number in range(first, first + args.number):

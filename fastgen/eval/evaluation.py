@@ -261,6 +261,7 @@ def evaluate(
     images_folder: Path | str | None = None,
     output: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    prepare: Callable[[DiffusionPipeline], object] | None = None,
 ) -> Evaluation:
     """Sample a diffusers pipeline (object or folder) and measure the images.
 
@@ -268,7 +269,8 @@ def evaluate(
     each is sampled `seeds_per_prompt` times and measured against `reference`: a tensor or a folder of real images, or a file of
     statistics (`fastgen.eval.statistics`).
     `images_folder` keeps the images, each with its prompt and seed, and the record as `evaluation.json`; `output` is a file for
-    the record. Beside either lie the values of single images, which `fastgen.eval.compare` reads.
+    the record. Beside either lie the values of single images, which `fastgen.eval.compare` reads. `prepare` is called with the
+    pipeline before it samples.
 
     Raises UserError where the pipeline, the prompts or the reference cannot be used.
     """
@@ -285,6 +287,8 @@ def evaluate(
     real, statistics = open_reference(reference)
     pipeline = load_pipeline(where, device=device) if where is not None else target
     assert isinstance(pipeline, DiffusionPipeline)
+    if prepare is not None:
+        prepare(pipeline)
     start = time.perf_counter()
     images = generate(pipeline, texts, seeds, steps=steps, guidance=guidance, batch=batch, call=call, progress=progress)
     seconds = time.perf_counter() - start

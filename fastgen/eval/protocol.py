@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,14 +172,18 @@ def sampling(pipeline: DiffusionPipeline, steps: int | None, guidance: float | N
 
 def attention(pipeline: DiffusionPipeline) -> str:
     """The attention kernels that the network calls, whatever the classes are that call them."""
-    processors = getattr(getattr(pipeline, network_name(pipeline)), "attn_processors", {}).values()
+    network = getattr(pipeline, network_name(pipeline))
+    own = (getattr(module, "processor", None) for module in network.modules())
+    processors = getattr(network, "attn_processors", {}).values() or [each for each in own if each is not None]
     return ", ".join(sorted({_kernel(each) for each in processors})) or "unknown"
 
 
 def _kernel(processor: Any) -> str:
-    name = type(processor).__name__
-    if hasattr(processor, "_attention_backend"):
-        chosen = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+    name, code = type(processor).__name__, getattr(inspect.unwrap(type(processor).__call__), "__code__", None)
+    chosen = getattr(processor, "_attention_backend", None)
+    if chosen is None and "dispatch_attention_fn" in getattr(code, "co_names", ()):
+        chosen = _AttentionBackendRegistry.get_active_backend()[0]
+    if chosen is not None:
         return str(getattr(chosen, "value", chosen))
     marks = {"Sliced": "sliced", "XFormers": "xformers", "2_0": "native"}
     return next((kernel for mark, kernel in marks.items() if mark in name), "unfused")
