@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.adapters import AdapterHost, LoraOptions
 from fastgen.data.source import Source
 from fastgen.denoiser import Condition, Denoiser, EndInput
 from fastgen.errors import UserError
@@ -69,7 +70,7 @@ def call(network: nn.Module, xt: Tensor, t: Tensor, condition: Condition, guidan
 
 
 class BarePipeline:
-    """A bare module as teacher, and copies of it as students; its answer is a flow's velocity.
+    """A bare module as teacher, and copies of it as students, or adapters on it; its answer is a flow's velocity.
 
     Prompts are vectors of their own for a module with a condition, else nothing. Images are the samples themselves.
     """
@@ -77,24 +78,36 @@ class BarePipeline:
     process, kind = Flow(), "flow"
     embeds_guidance = False
 
-    def __init__(self, module: nn.Module, device: torch.device | str = "cpu"):
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu", lora: LoraOptions | None = None):
+        """With `lora` every role is an adapter on the submodules that the module's `lora_targets` name."""
         self.network = Conditioned(module).to(device).requires_grad_(False)
         self.device = torch.device(device)
         self.latent_shape = tuple(module.sample_shape)  # type: ignore[arg-type]
         self.width: int = getattr(module, "condition_width", 0)
         self.default_guidance = GUIDANCE if self.width else 1.0
         self.feature_layers = tuple(f"module.{name}" for name in getattr(module, "feature_layers", ()))
+        self.lora, self.targets = lora, tuple(getattr(module, "lora_targets", ()))
+        if lora is not None and not self.targets:
+            raise UserError("a module without lora_targets, names of its layers, cannot be trained as LoRA")
+        self.host = AdapterHost(self.network) if lora is not None else None
 
     def frozen(self) -> Denoiser:
-        return Denoiser(self.network, call, self.process, "flow").eval()
+        if self.host is None:
+            return Denoiser(self.network, call, self.process, "flow").eval()
+        bare = {"own": nn.Module(), "activate": lambda: self.host.selected(None)}
+        return Denoiser(self.network, call, self.process, "flow", **bare).eval()  # type: ignore[arg-type]
 
     def trainable(self, role: str, *, guidance_embedding: bool = False, end_time: bool = False) -> Denoiser:
-        """A copy. Raises UserError for inputs that the module lacks."""
+        """A copy, or an adapter on the base. Raises UserError for inputs that the module lacks."""
         if guidance_embedding:
             raise UserError("a bare module has no input for a guidance scale")
         if end_time and not self.width:
             raise UserError("a module without a condition cannot be told where a step ends; give it a condition_width")
         end = EndInput("text", self.width).to(self.device) if end_time else None
+        if self.host is not None and self.lora is not None:
+            own = self.host.add(role, self.lora.for_role(role), self.targets)
+            adapter: dict[str, Any] = {"own": own, "activate": own.activate, "end_input": end}
+            return Denoiser(self.network, call, self.process, "flow", **adapter)
         network = copy.deepcopy(self.network).requires_grad_(True).train()
         return Denoiser(network, call, self.process, "flow", end_input=end)
 

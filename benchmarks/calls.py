@@ -33,7 +33,7 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Kind:
-    """All that the cost of a call depends on. `asked` are the features that were asked for, `reached` what gradients came to."""
+    """All that a call's cost depends on. `asked`: the features asked for; `reached`: the outputs that gradients came to."""
 
     network: int
     role: int
@@ -254,11 +254,11 @@ class Watch:
         return middle - start, finish - begin if ends else 0.0
 
     def step_alone(self, player: str) -> float:
-        """Seconds of a player's optimiser by itself: gradients clipped by torch, one step, gradients freed. Nothing is learnt."""
+        """Seconds of a player's optimiser by itself: torch's clipping, a step that changes nothing, gradients freed."""
         turn = next(turn for turn in self.trainer.turns if turn.player.name == player)
         optimizer = turn.optimizer
         for weight in turn.parts:
-            if any(weight in state for state in (optimizer.state,)):
+            if weight in optimizer.state:
                 weight.grad = 1e-6 * torch.randn_like(weight)
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:

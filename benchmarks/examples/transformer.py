@@ -1,4 +1,4 @@
-"""A transformer on patches for latents of 4 x 16 x 16 (DiT; Peebles and Xie 2023), as a plain module that any framework can train.
+"""A transformer on patches for latents of 4 x 16 x 16 (DiT; Peebles and Xie 2023), as a plain module for any framework.
 
 What such a file needs is said in convolutions.py.
 """
@@ -32,7 +32,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks on patches of 2 x 2."""
+    """`depth` blocks on patches of 2 x 2. `lora_targets` are what an adapter would adapt."""
+
+    lora_targets = ("qkv", "out", "mlp.0", "mlp.2")
 
     def __init__(
         self,
