@@ -1,74 +1,75 @@
-"""`make bench`: seconds per update of each method, and per picture of teacher and student, on the toy teacher and this CPU.
+"""`make bench`: the quick form of every benchmark of speed and memory, one after another, and a table of their ratios.
 
-Figures are medians over the lines of a run's own metrics.jsonl; the first line, which warms up, is left out.
+    python -m benchmarks                             # all: under 20 minutes on two cores
+    python -m benchmarks --only step sampling
+    python -m benchmarks --page                      # the tables of docs/fast.md, from the records
+
+Each writes its record to benchmarks/results/NAME.json, and has an account of itself and more options: python -m benchmarks.NAME
+--help. Benchmarks of other things are run by themselves: costs, eval, faults, health, methods, quickstart.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import tempfile
+import os
+import subprocess
+import sys
 import time
-from itertools import pairwise
-from pathlib import Path
+from importlib.util import find_spec
 
-import torch
+from benchmarks.fast_page import PAGE, ratios, write_page
 
-from fastgen import methods
-from fastgen.config import RunConfig, TrainConfig
-from fastgen.samplers import FewStep, even_times
-from fastgen.training.run import distill, load_run
-
-PICTURES = 16
-
-
-def seconds_per_update(name: str, folder: Path, updates: int, batch: int) -> float:
-    """Median seconds of an update, all players' turns together."""
-    train = TrainConfig(steps=updates, batch=batch, log_every=max(1, updates // 8), threads=torch.get_num_threads())
-    run = RunConfig(method_name=name, method=methods.find(name)(), train=train)
-    distill(run, folder, device="cpu", offline=True, quiet=True)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median((b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairwise(lines))
+QUICK: dict[str, list[str]] = {
+    "step": ["--network", "transformer", "--rounds", "6", "--seconds", "12"],
+    "switches": [],
+    "attention": ["--presets", "toy", "sd15", "flux"],
+    "jvp": ["--rounds", "5"],
+    "overhead": ["--updates", "30"],
+    "roles": [],
+    "memory": ["--models", "sdxl", "--methods", "lcm", "dmd2", "--roles", "full", "lora"],
+    "sampling": ["--steps", "1", "4", "--rounds", "5"],
+    "scaling": ["--rounds", "2"],
+}
+"""What each is called with here."""
 
 
-def seconds_per_picture(folder: Path) -> dict[str, float]:
-    """Median seconds of a picture, in batches of `PICTURES`: the guided teacher at 50 steps, the student at its own."""
-    loaded = load_run(folder, offline=True)
-    pipeline, sampler = loaded.pipeline, loaded.method.sampler()
-    teacher = FewStep(even_times(50, pipeline.process), guidance=pipeline.default_guidance)
-    condition = pipeline.encode_prompts(["a small red circle"] * PICTURES)
-    noise = torch.randn(PICTURES, *pipeline.latent_shape)
-    candidates = {
-        "teacher, 50 steps": (pipeline.frozen(), teacher),
-        f"student, {sampler.steps} steps": (loaded.student, sampler),
-    }
-    found = {}
-    for name, (who, how) in candidates.items():
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            with torch.no_grad():
-                pipeline.decode(how.sample(who, noise, condition))
-            seconds.append(time.perf_counter() - start)
-        found[name] = statistics.median(seconds[1:]) / PICTURES
-    return found
+def known() -> list[str]:
+    """The benchmarks that are there."""
+    return [name for name in QUICK if find_spec(f"benchmarks.{name}") is not None]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="METHOD", help="default: all")
-    parser.add_argument("--updates", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=16)
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch}\n")
-    with tempfile.TemporaryDirectory(prefix="fastgen-bench-") as folder:
-        for name in args.names or methods.names():
-            run = Path(folder) / name
-            print(f"{name:<14}{seconds_per_update(name, run, args.updates, args.batch):8.3f} s per update", flush=True)
-        for name, seconds in seconds_per_picture(run).items():
-            print(f"{name:<20}{1000 * seconds:8.1f} ms per picture")
+def table() -> str:
+    """The ratios of all records, by benchmark."""
+    lines = [f"{'benchmark':<12}{'what':<62}{'ratio':>7}  goal"]
+    for name, what, ratio, goal in ratios():
+        lines.append(f"{name:<12}{what:<62}{ratio:7.3f}  {goal}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=known(), metavar="NAME", help=f"of {', '.join(known())}")
+    parser.add_argument("--page", action="store_true", help="write the tables of docs/fast.md anew, and measure nothing")
+    args = parser.parse_args(arguments)
+    if args.page:
+        print(write_page(PAGE))
+        return 0
+    failed = []
+    for name in args.only or known():
+        command = [sys.executable, "-m", f"benchmarks.{name}", *QUICK[name]]
+        print(f"==> python {' '.join(command[1:])}", flush=True)
+        start = time.monotonic()
+        # Processes of their own: each needs another allocator, number of threads or state of accelerate.
+        if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode:
+            failed.append(name)
+        print(f"    {time.monotonic() - start:.0f} s\n", flush=True)
+    print(table())
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for layout in args.layouts:
             rows += measure(layout, Path(folder), teacher, args)
     record = {
-        "command": "python -m benchmarks.sampling",
+        "command": f"python -m benchmarks.sampling --steps {' '.join(map(str, args.steps))} --rounds {args.rounds}",
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
         "teacher_steps": TEACHER_STEPS,

@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     kept = torch.device(args.device).type == "cpu" and keep_freed_memory()
     network = f"--module {args.module}" if args.module else f"--network {' '.join(args.network)}"
-    command = f"python -m benchmarks.step {network} --batch {args.batch}"
+    command = f"python -m benchmarks.step {network} --batch {args.batch} --rounds {args.rounds}"
     for name in ("device", "precision"):
         if getattr(args, name) != parser().get_default(name):
             command += f" --{name} {getattr(args, name)}"
