@@ -145,8 +145,7 @@ class Consistency(Method):
     def advance(self, step: int, total: int) -> bool:
         if self.target is not None and step > 0:
             with torch.no_grad():
-                for average, weight in zip(self.target.parameters(), self.student.parameters(), strict=True):
-                    average.lerp_(weight, 1 - self.ema_decay)
+                torch._foreach_lerp_(list(self.target.parameters()), list(self.student.parameters()), 1 - self.ema_decay)
         return False
 
     def state(self) -> dict[str, Any]:

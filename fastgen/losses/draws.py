@@ -44,16 +44,20 @@ def shared_choice(count: int, device: torch.device | str | None = None, weights:
     """One of `count` positions, the same on every process; `weights` [count] say how often each is drawn, equally if None.
 
     A draw that decides how many network calls follow has to be shared: sharded networks wait for each other in every call.
+    One process alone draws it on the CPU, where nobody waits for a GPU to come to it.
     """
-    choice = torch.randint(count, (1,), device=device) if weights is None else torch.multinomial(weights.to(device), 1)
-    if distributed.is_available() and distributed.is_initialized():
+    several = distributed.is_available() and distributed.is_initialized()
+    place = device if several else "cpu"
+    choice = torch.randint(count, (1,), device=place) if weights is None else torch.multinomial(weights.to(place), 1)
+    if several:
         distributed.broadcast(choice, 0)
     return int(choice)
 
 
 def shared_uniform(low: float = 0.0, high: float = 1.0, device: torch.device | str | None = None) -> float:
-    """One number uniform between `low` and `high`, the same on every process."""
-    value = low + (high - low) * torch.rand(1, device=device)
-    if distributed.is_available() and distributed.is_initialized():
+    """One number uniform between `low` and `high`, the same on every process; drawn as `shared_choice` is."""
+    several = distributed.is_available() and distributed.is_initialized()
+    value = low + (high - low) * torch.rand(1, device=device if several else "cpu")
+    if several:
         distributed.broadcast(value, 0)
     return float(value)
