@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,21 +149,33 @@ def attention(found: Record) -> list[str]:
 
 
 def switches(found: Record) -> list[str]:
-    """Every row that the record has, with its numbers."""
-    rows = found.get("rows") or found.get("switches") or []
-    if isinstance(rows, dict):
-        rows = [{"switch": name, **row} for name, row in rows.items()]
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not_nested(rows, key)]
-    cells = [[cell(row.get(key)) for key in keys] for row in rows]
-    return table([key.replace("_", " ") for key in keys], cells)
+    """A row for every two ways that the record compares, and for what passes keep."""
+    rows = [
+        [" ".join(path).rstrip(","), ratio.replace("_", " "), f"**{each[ratio]:.2f}**", milliseconds(each), difference(each)]
+        for path, each in nested(found)
+        for ratio in each
+        if "_over_" in ratio
+    ]
+    if kept := found.get("passes", {}).get("bytes_kept"):
+        sizes = ", ".join(mb(kept[name]) for name in ("on", "off"))
+        rows.append(["passes, kept for the backward pass", "on over off", f"**{kept['on'] / kept['off']:.2f}**", sizes, ""])
+    return table(["switch", "ways", "ratio", "ms of each", "difference"], rows)
 
 
-def not_nested(rows: Sequence[Record], key: str) -> bool:
-    return all(not isinstance(row.get(key), (dict, list)) for row in rows)
+def nested(record: Record, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Record]]:
+    """Every dictionary in a record, with the keys that lead to it, its underscores blank."""
+    yield path, record
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from nested(value, (*path, key.replace("_", " ") if path else f"{key},"))
 
 
-def cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+def milliseconds(row: Record) -> str:
+    return ", ".join(f"{1000 * value:.3g}" for key, value in row.items() if key.endswith("_seconds") and "call" not in key)
+
+
+def difference(row: Record) -> str:
+    return next((f"{value:.0e}" for key, value in row.items() if key.startswith("difference")), "")
 
 
 TABLES: dict[str, tuple[str, Callable[[Record], list[str]]]] = {

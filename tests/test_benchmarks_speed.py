@@ -237,6 +237,21 @@ def test_tables_say_what_their_records_say(tmp_path: Path) -> None:
     ]
 
 
+def test_switches_are_shown_wherever_two_ways_are_compared() -> None:
+    page = importlib.import_module("benchmarks.fast_page")
+    update = {"on_seconds": 0.1, "off_seconds": 0.2, "on_over_off": 0.5, "difference_of_gradients": 1e-7}
+    found = {
+        "rounds": 3,
+        "passes": {"dmd2": update, "bytes_kept": {"on": 1e6, "off": 4e6}},
+        "layout": {"last_seconds": 1.0, "plain_seconds": 2.0, "last_over_plain": 0.5, "first_call_seconds": 3.0},
+    }
+    assert page.switches(found)[2:] == [
+        "| passes, dmd2 | on over off | **0.50** | 100, 200 | 1e-07 |",
+        "| layout | last over plain | **0.50** | 1e+03, 2e+03 |  |",
+        "| passes, kept for the backward pass | on over off | **0.25** | 1 MB, 4 MB |  |",
+    ]
+
+
 def test_the_list_of_benchmarks_is_of_those_that_are_there() -> None:
     main = importlib.import_module("benchmarks.__main__")
     assert {"step", "roles", "sampling", "scaling", "memory"} <= set(main.known()) <= set(main.QUICK)
