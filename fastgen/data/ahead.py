@@ -93,5 +93,5 @@ def _each(batch: Batch, function: Any) -> Batch:
         null = None if condition.null is None else of(condition.null)
         return Condition(map_tensors(function, condition.inputs), map_tensors(function, condition.shared), null)
 
-    parts = (None if x is None else function(x) for x in (batch.latents, batch.noise, batch.target))
-    return Batch(of(batch.condition), batch.shape, *parts, batch.prompts)
+    latents, noise, target = (None if x is None else function(x) for x in (batch.latents, batch.noise, batch.target))
+    return Batch(of(batch.condition), batch.shape, latents, noise, target, batch.prompts)
