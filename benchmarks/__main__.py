@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -60,11 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name in args.only or known():
         command = [sys.executable, "-m", f"benchmarks.{name}", *QUICK[name]]
         print(f"==> python {' '.join(command[1:])}", flush=True)
-        start = time.monotonic()
+        start, spent = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         # Processes of their own: each needs another allocator, number of threads or state of accelerate.
         if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode:
             failed.append(name)
-        print(f"    {time.monotonic() - start:.0f} s\n", flush=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime
+        print(f"    {time.monotonic() - start:.0f} s, {cpu:.0f} s of CPU time\n", flush=True)
     print(table())
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
