@@ -5,7 +5,7 @@
 Each preset is the attention of one pass of a network: its shapes, and how many layers have them. By turns in one process,
 forward alone and forward with backward, so that the ratios to torch's own choice ("native") are of one run; seconds on a CPU
 are the process's own, on one thread. Errors are relative, ||x - r|| / ||r||, of the output and the worst gradient against
-attention in float64 (float32 for half precision), over a few heads. On a CPU tokens are by default a 64th, so that it takes
+attention in float64, over a few heads. On a CPU tokens are by default a 64th, so that it takes
 minutes.
 """
 

@@ -152,6 +152,19 @@ def test_an_output_without_a_gradient_is_not_taken_for_a_right_one(monkeypatch: 
         errors(KERNELS["native"], [call], training=True)
 
 
+@pytest.mark.parametrize("head", [(0, 0), (1, 1)])
+def test_one_number_that_is_none_is_seen(monkeypatch: pytest.MonkeyPatch, head: tuple[int, int]) -> None:
+    def run(kernel: Kernel, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        spoilt = torch.zeros_like(found)
+        spoilt[head][-1, -1] = float("nan")
+        return found + spoilt
+
+    call = made_up(2, 2, 4, 4, 8)
+    monkeypatch.setattr("fastgen.attention.measure.run", run)
+    assert "its output is off by nan" in agrees(errors(KERNELS["native"], [call], training=True), [call])
+
+
 def test_times_are_of_all_calls_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [made_up(1, 1, 2, 2, 4, count=3), made_up(1, 1, 4, 4, 4, count=2)]
     monkeypatch.setattr(

@@ -192,6 +192,7 @@ def _made_with(calls: Sequence[Call], needs: Mapping[str, Any], valid: Sequence[
         "training": needs["training"],
         "forward_mode": needs["forward_mode"],
         "kernels": list(valid),
+        "matmul": torch.get_float32_matmul_precision(),
         "versions": {**versions, "cuda": torch.version.cuda},
     }
 

@@ -59,13 +59,16 @@ def settle_attention(
     """
     asked = config.speed.attention
     folders = [output] if start is None else [start.parent.parent, output]
-    before = next((kernel for each in folders if (kernel := recorded(each / ENVIRONMENT, asked))), None)
-    if before is not None:
-        choice = Choice(before, asked, line=f"attention: {before}, as this run began")
+
+    def decide() -> Choice:
+        before = next((kernel for each in folders if (kernel := recorded(each / ENVIRONMENT, asked))), None)
+        if before is None:
+            return _choose(config, pipeline, device, autocast)
         if reason := missing(KERNELS[before], named=True):
             raise UserError(f'this run began with the attention kernel "{before}", but {reason}; set speed.attention anew')
-    else:
-        choice = alike(lambda: _choose(config, pipeline, device, autocast), device)
+        return Choice(before, asked, line=f"attention: {before}, as this run began")
+
+    choice = alike(decide, device)
     if choice.kernel != FALLBACK or other_default():
         set_kernel(pipeline.network, choice.kernel)
     say(choice.line)
@@ -109,7 +112,7 @@ def _choose(config: RunConfig, pipeline: Pipeline, device: torch.device, autocas
         calls = one_pass(config, pipeline, autocast)
         if not calls and asked == "auto":
             return Choice(FALLBACK, asked, line="attention: native; this network's is written into its layers")
-    return choose(
+    chosen = choose(
         asked,
         calls,
         training=True,
@@ -117,6 +120,11 @@ def _choose(config: RunConfig, pipeline: Pipeline, device: torch.device, autocas
         device=device,
         cache=None if cache is None else Path(cache),
     )
+    if calls and device.type == "cuda":  # The run's memory is what its updates need, not what kernels were tried with.
+        calls.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return chosen
 
 
 def one_pass(config: RunConfig, pipeline: Pipeline, autocast: Any) -> list[Call]:
