@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def mb(value: float) -> str:
 def step(found: Record) -> list[str]:
     lines = []
     for network in found["networks"]:
-        weights, batch = network["parameters"] / 1e6, found["batch"]
+        weights, batch = network["parameters"] / 1e6, network["batch"]
         lines += [f"Network `{network['network']}`, {weights:.1f} million weights, batch {batch}, {found['precision']}:", ""]
         heads = ["method", "updates a second", "calls of the network a sample", "floor, ms", "measured, ms", "ratio", "peak"]
         rows = []
@@ -63,31 +64,39 @@ def calls(found: Record) -> list[str]:
     network, kinds = found["networks"][0], {}
     for row in network["methods"]:
         for name, each in row["calls"].items():
-            if name.startswith(f"network, batch {found['batch']}:"):
+            if name.startswith(f"network, batch {network['batch']}:"):
                 kinds.setdefault(name.split(": ")[1], []).append(each["ms_each"])
     plain = min(kinds["forward"])
     rows = [[name, f"{min(times):.1f}", f"{min(times) / plain:.2f}"] for name, times in sorted(kinds.items())]
-    heads = [f"one call, {network['network']}, batch {found['batch']}", "ms", "over a forward"]
+    heads = [f"one call, {network['network']}, batch {network['batch']}", "ms", "over a forward"]
     return table(heads, rows)
 
 
 def scaling(found: Record) -> list[str]:
-    grown = [row for row in found["rows"] if "exponent" in row and "trained_weights" not in row]
-    rows = [
-        [row["what"], ", ".join(map(str, row["sizes"])), f"{row['exponent']:.2f}", f"{row['expected']:.2f}"] for row in grown
-    ]
-    lines = table(["cost against", "sizes", "exponent measured", "of the operations"], rows)
+    rows = []
+    for row in found["rows"]:
+        if "giga_operations" in row and "trained_weights" not in row:
+            work, ms = row["giga_operations"], row["ms"]
+            each, fixed = statistics.linear_regression(work, ms)
+            numbers = [f"{row['exponent']:.2f}", f"{row['expected']:.2f}", f"{fixed:.0f}", f"{each:.1f}"]
+            rows.append([row["what"], sizes(row), *numbers, f"{statistics.correlation(work, ms):.4f}"])
+    heads = ["an update of LCM against", "sizes", "exponent", "of the operations", "fixed, ms"]
+    lines = table([*heads, "ms for each 10^9 operations", "correlation with the operations"], rows)
     slopes = []
     for row in found["rows"]:
         for key in ("step", "rank"):
             if f"ms_a_{key}" in row:
                 numbers = [f"{row[f'ms_a_{key}']:.2f}", f"{row[f'expected_ms_a_{key}']:.2f}"]
-                slopes.append([row["what"], ", ".join(map(str, row["sizes"])), *numbers])
+                slopes.append([row["what"], sizes(row), *numbers])
     lines += ["", *table(["cost against", "sizes", "ms each, measured", "expected"], slopes)] if slopes else []
     for row in found["rows"]:
         if row["what"] == "processes":
             lines += ["", *processes(row)]
     return lines
+
+
+def sizes(row: Record) -> str:
+    return ", ".join(map(str, row["sizes"]))
 
 
 def processes(row: Record) -> list[str]:

@@ -191,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, default=25.0, help="at most, of each method")
     found.add_argument("--device", default="cpu")
     found.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    found.add_argument("--keep", action="store_true", help="the networks that the record has already, and add to them")
     found.add_argument("--output", type=Path, default=RECORD)
     return found
 
@@ -201,6 +202,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     kept = torch.device(args.device).type == "cpu" and keep_freed_memory()
     network = f"--module {args.module}" if args.module else f"--network {' '.join(args.network)}"
     command = f"python -m benchmarks.step {network} --batch {args.batch} --rounds {args.rounds}"
+    command += " --keep" * args.keep
     for name in ("device", "precision"):
         if getattr(args, name) != parser().get_default(name):
             command += f" --{name} {getattr(args, name)}"
@@ -208,13 +210,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
-        "batch": args.batch,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
         "precision": args.precision,
         "freed_memory_kept": kept,
         "goal": GOAL[torch.device(args.device).type],
         "networks": [one_network(name, args) for name in ([""] if args.module else args.network)],
     }
+    if args.keep and args.output.is_file():
+        record["networks"] = json.loads(args.output.read_text())["networks"] + record["networks"]
     write(args.output, record)
     return record
 
@@ -222,7 +225,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def one_network(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """All the methods on one network."""
     pipeline = make_pipeline(name, args.module, args.device)
-    found: dict[str, Any] = {"network": args.module or name, "methods": []}
+    found: dict[str, Any] = {"network": args.module or name, "batch": args.batch, "methods": []}
     found["parameters"] = sum(weight.numel() for weight in pipeline.network.parameters())
     memory = {method: peak(method, pipeline, args) for method in args.methods}
     for method in args.methods:
