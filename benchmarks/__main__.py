@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from benchmarks.fast_page import PAGE, ratios, write_page
 
 QUICK: dict[str, list[str]] = {
-    "step": ["--network", "transformer", "--rounds", "6", "--seconds", "12"],
+    "step": ["--network", "transformer", "--rounds", "6"],
     "switches": [],
     "attention": ["--presets", "toy", "sd15", "flux"],
     "jvp": ["--rounds", "5"],
@@ -29,7 +29,7 @@ QUICK: dict[str, list[str]] = {
     "roles": [],
     "memory": ["--models", "sdxl", "--methods", "lcm", "dmd2", "--roles", "full", "lora"],
     "sampling": ["--steps", "1", "4", "--rounds", "5"],
-    "scaling": ["--rounds", "2"],
+    "scaling": [],
 }
 """What each is called with here."""
 

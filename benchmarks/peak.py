@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ def forked(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             with os.fdopen(write, "w") as pipe:
                 json.dump(what(), pipe)
             status = 0
+        except BaseException:
+            traceback.print_exc()  # nobody else would
         finally:
             os._exit(status)
     os.close(write)

@@ -1,6 +1,6 @@
 """How the cost of an update grows: the record in benchmarks/results/scaling.json.
 
-    python -m benchmarks.scaling [--rounds 3] [--parts batch resolution steps rank processes]
+    python -m benchmarks.scaling [--rounds 2] [--parts batch resolution steps rank processes]
 
 On the networks of benchmarks/examples, CPU seconds of an update on one thread, in turns, medians:
 
@@ -259,7 +259,7 @@ def measured(part: str, rounds: int) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RECORD)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=int, default=4)
     found.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     found.add_argument("--rounds", type=int, default=12, help="at most, of each method")
-    found.add_argument("--seconds", type=float, default=25.0, help="at most, of each method")
+    found.add_argument("--seconds", type=float, default=12.0, help="at most, of each method")
     found.add_argument("--device", default="cpu")
     found.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     found.add_argument("--keep", action="store_true", help="the networks that the record has already, and add to them")
@@ -202,10 +202,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     kept = torch.device(args.device).type == "cpu" and keep_freed_memory()
     network = f"--module {args.module}" if args.module else f"--network {' '.join(args.network)}"
     command = f"python -m benchmarks.step {network} --batch {args.batch} --rounds {args.rounds}"
-    command += " --keep" * args.keep
-    for name in ("device", "precision"):
+    for name in ("seconds", "device", "precision"):
         if getattr(args, name) != parser().get_default(name):
             command += f" --{name} {getattr(args, name)}"
+    command += " --keep" * args.keep
     record: dict[str, Any] = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
@@ -217,7 +217,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "networks": [one_network(name, args) for name in ([""] if args.module else args.network)],
     }
     if args.keep and args.output.is_file():
-        record["networks"] = json.loads(args.output.read_text())["networks"] + record["networks"]
+        before = json.loads(args.output.read_text())
+        record["networks"] = before["networks"] + record["networks"]
+        record["command"] = f"{before['command']}; {command}"
     write(args.output, record)
     return record
 
