@@ -170,8 +170,12 @@ def test_records_that_say_nothing(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_a_run_refuses_a_kernel_that_cannot_train_it(
-    pipeline: Pipeline, tmp_path: Path, asked: str, method: Method, words: str
+    pipeline: Pipeline, tmp_path: Path, asked: str, method: Method, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(training_attention, "one_pass", None)  # would be called: it is refused before
+        with pytest.raises(UserError, match=words):
+            settled(pipeline, asked, tmp_path, method=method)
     with pytest.raises(UserError, match=f'speed.attention: the kernel "{asked}" cannot be had here: {words}'):
         settled(pipeline, asked, tmp_path, method=method)
     assert (

@@ -29,7 +29,7 @@ from fastgen.training.launch import processes, rank
 ENVIRONMENT = "environment.json"
 FORWARD_MODE = ("exact", "plain", "semi")
 """Ways of taking a derivative (`fastgen.tangents.Way`) that go through the network in forward mode."""
-PROMPT = "a photograph of a red bicycle leaning against a white wall in the sun"
+PROMPT = "a small red circle"
 TIME = 0.5
 
 
@@ -108,18 +108,19 @@ def alike(make: Any, device: torch.device) -> Choice:
 def _choose(config: RunConfig, pipeline: Pipeline, device: torch.device, autocast: Any) -> Choice:
     asked, cache = config.speed.attention, config.data.cache
     calls: list[Call] = []
+    options: dict[str, Any] = {
+        "training": True,
+        "forward_mode": takes_forward_mode(config.method),
+        "device": device,
+        "cache": None if cache is None else Path(cache),
+    }
+    if asked != "auto":
+        choose(asked, calls, **options)  # What is refused whatever the network calls is refused before it is called.
     if needs_watching(asked, device):
         calls = one_pass(config, pipeline, autocast)
         if not calls and asked == "auto":
             return Choice(FALLBACK, asked, line="attention: native; this network's is written into its layers")
-    chosen = choose(
-        asked,
-        calls,
-        training=True,
-        forward_mode=takes_forward_mode(config.method),
-        device=device,
-        cache=None if cache is None else Path(cache),
-    )
+    chosen = choose(asked, calls, **options)
     if calls and device.type == "cuda":  # The run's memory is what its updates need, not what kernels were tried with.
         calls.clear()
         torch.cuda.empty_cache()
@@ -147,7 +148,7 @@ def one_pass(config: RunConfig, pipeline: Pipeline, autocast: Any) -> list[Call]
 
 
 def some_prompts(config: RunConfig) -> list[str]:
-    """Prompts of the run that can be had without reading its data, else one of usual length."""
+    """Prompts of the run that can be had without reading its data, else one."""
     if config.train.sample_prompts:
         return config.train.sample_prompts
     path = Path(config.data.prompts)
