@@ -191,6 +191,14 @@ def test_step_records_what_was_counted_beside_what_the_plan_counts_on(tmp_path: 
     assert row["ratio"] > 0 and row["updates_a_second"] > 0
 
 
+def test_every_method_of_the_benchmark_fits_a_bare_module(module: nn.Module) -> None:
+    step = importlib.import_module("benchmarks.step")
+    for name in step.METHODS:
+        trainer = step.make_trainer(name, BarePipeline(module), 2, "fp32", "cpu")
+        trainer.update()
+        assert trainer.step == 1, name
+
+
 def test_exponents_and_slopes() -> None:
     scaling = importlib.import_module("benchmarks.scaling")
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
