@@ -101,6 +101,7 @@ class VP(Process):
         angle = torch.atan2((1 - squared).sqrt(), squared.sqrt())
         self.steps = len(angle)
         self.angles = torch.cat([angle.new_zeros(1), angle])
+        self.last_angle = float(angle[-1])  # a number here: asked of a device, it would be waited for
 
     def _place(self, t: Tensor) -> Tensor:
         place = t.double() * self.steps
@@ -128,7 +129,7 @@ class VP(Process):
 
     def time_at(self, ratio: Tensor) -> Tensor:
         angles = self.angles.to(ratio.device)
-        angle = torch.atan(ratio.double()).clamp(0, float(angles[-1])).contiguous()
+        angle = torch.atan(ratio.double()).clamp(0, self.last_angle).contiguous()
         high = torch.searchsorted(angles, angle).clamp(1, self.steps)
         place = high - 1 + (angle - angles[high - 1]) / (angles[high] - angles[high - 1])
         return (place / self.steps).to(ratio.dtype)
