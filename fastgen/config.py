@@ -202,7 +202,8 @@ class RunConfig(Checked):
         if self.pipeline == TOY:
             self.data = replace(self.data, prompts=self.data.prompts or TOY, images=self.data.images or TOY)
         if not self.data.prompts:
-            raise UserError("data.prompts is missing; it must be a text file with one prompt a line")
+            named = schema.shown(self.pipeline)
+            raise UserError(f"pipeline = {named} needs data.prompts, which is missing: a text file with one prompt a line")
 
     def role(self, name: str) -> str:
         """"full" or "lora" for a role; a role that is not set goes as the student does."""

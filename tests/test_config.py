@@ -170,7 +170,7 @@ WRONG = {
     ("lora.rank=0",):                        ["lora.rank must be at least 1"],
     ("lora.targets=to_q",):                  ['lora.targets must be a list, each text, not \'to_q\''],
     ("seed=-1",):                            ["seed must be at least 0"],
-    ("pipeline=some/model",):                ["data.prompts is missing"],
+    ("pipeline=some/model",):                ["`pipeline=some/model`", "needs data.prompts, which is missing"],
     ("pipeline=''",):                        ["pipeline is empty"],
     ("teacher_loras=[1]",):                  ["teacher_loras.0 must be text, not 1"],
     ("train.lr=[1",):                        ["`train.lr=[1`", "is not valid TOML"],
