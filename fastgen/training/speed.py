@@ -18,7 +18,6 @@ from fastgen.data.source import Source
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.pipelines import Pipeline
-from fastgen.training.allocator import keep_freed_memory
 from fastgen.training.attention import takes_forward_mode
 from fastgen.training.sharding import blocks, reached
 
@@ -38,8 +37,6 @@ def set_up(config: RunConfig, pipeline: Pipeline, say: Say) -> None:
     Raises UserError for switches that do not go with the method, the network or one another.
     """
     refuse(config)
-    if pipeline.device.type == "cpu":
-        keep_freed_memory()
     config.method.setup(pipeline)
     switch(config.method, config.speed, say)
 
