@@ -28,6 +28,8 @@ from tests.training_fakes import FakePipeline as LinearPipeline
 
 UPDATES, BATCH, SAMPLES, SHAPE = 2000, 8, 256, (3, 4, 4)
 RECIPES = Path(__file__).parents[1] / "configs" / "toy"
+OTHERWISE = {"add": ["method.backbone='tiny'", "method.backbone_size=16"], "ladd": ["method.layers=[]"]}
+"""What of a recipe is the toy teacher's network alone."""
 RUNS: list[tuple[str, Kind, str]] = [("vp", "eps", "fp32"), ("vp", "v", "bf16"), ("flow", "flow", "bf16")]
 
 
@@ -66,9 +68,7 @@ def prepared(name: str, process: str, kind: Kind, precision: Any) -> Strict:
     weights, condition, latents, pairs = world(process, kind)
     pipeline = FakePipeline(PROCESSES[process], SHAPE, kind, default_guidance=3.0)
     pipeline.base.load_state_dict(weights)
-    recipe = config.load(
-        RECIPES / f"{name}.toml", ["method.backbone='tiny'", "method.backbone_size=16"] if name == "add" else []
-    )
+    recipe = config.load(RECIPES / f"{name}.toml", OTHERWISE.get(name, []))
     method: Any = recipe.method
     if hasattr(method, "student_every"):
         method.student_every = 1
