@@ -177,6 +177,7 @@ def test_step_records_what_was_counted_beside_what_the_plan_counts_on(tmp_path: 
     path = tmp_path / "mine.py"
     path.write_text(SMALL.format(path=str(EXAMPLES / "convolutions.py")))
     monkeypatch.setattr(step, "beyond", lambda run, device: {"peak": 1})
+    monkeypatch.setattr(step, "keep_freed_memory", lambda: False)  # it would be for good, in the tests' process
     found = step.main(
         ["--module", f"{path}:make", "--batch", "2", "--methods", "lcm", "--rounds", "2", "--output", str(tmp_path / "r")]
     )
