@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
+from benchmarks.peak import forked, resident
 from fastgen import config as configuration
 from fastgen.data.encoding import free_text_encoders
 from fastgen.plan.estimate import Blank, estimate
@@ -101,12 +102,6 @@ def measure_warm(file: Path) -> dict[str, int]:
     return measure(file)
 
 
-def resident(key: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def predict(file: Path) -> dict[str, int]:
     """What the plan says of the same updates."""
     plan = estimate(configuration.load(file), device="cpu")
@@ -115,24 +110,7 @@ def predict(file: Path) -> dict[str, int]:
 
 def apart(what: Callable[[Path], dict[str, int]], file: Path) -> dict[str, int]:
     """What `what` finds in a process of its own, forked so that nothing is imported anew."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with os.fdopen(write, "w") as pipe:
-                json.dump(what(file), pipe)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    if not text:
-        raise SystemExit(f"{what.__name__} failed for {file}")
-    found: dict[str, int] = json.loads(text)
-    return found
+    return forked(lambda: what(file))
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.bare import PRESETS, BarePipeline, load_module, random_source
 from benchmarks.jvp import in_turns
 from benchmarks.methods import ROOT, environment, write
@@ -43,7 +44,6 @@ from benchmarks.peak import forked
 from benchmarks.step import SAFE_LR, recipe
 from fastgen.adapters import LoraOptions
 from fastgen.families import score_distillation
-from fastgen.training.allocator import keep_freed_memory
 from fastgen.training.loop import Trainer
 
 RECORD = ROOT / "benchmarks" / "results" / "scaling.json"

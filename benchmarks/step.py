@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.bare import PRESETS, BarePipeline, load_module, random_source
 from benchmarks.calls import Kind, Watch, clock
 from benchmarks.costs import COSTS, student_every
@@ -35,7 +36,6 @@ from benchmarks.methods import ROOT, environment, write
 from benchmarks.peak import beyond
 from fastgen import config
 from fastgen.config import TrainConfig
-from fastgen.training.allocator import keep_freed_memory
 from fastgen.training.loop import Trainer
 from fastgen.training.run import open_pipeline
 

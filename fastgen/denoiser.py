@@ -195,10 +195,8 @@ class Denoiser(nn.Module):
             raise ValueError("this denoiser has no input for the time at which a step ends")
         place = added = output = None
         if self.end_input is not None:
-            place, added = (
-                self.end_input.place,
-                self.end_input((torch.zeros_like(t) if end is None else t - end).expand(len(xt))),
-            )
+            place = self.end_input.place
+            added = self.end_input((torch.zeros_like(t) if end is None else t - end).expand(len(xt)))
         with Taps(self.network, features, stop, place=place, added=added) as taps:
             with self.activate():
                 output = self.call(self.network, xt, t, condition, guidance)

@@ -210,7 +210,7 @@ def test_exponents_and_slopes() -> None:
 
 FAULTS = """
 import resource, torch
-from fastgen.training.allocator import keep_freed_memory
+from benchmarks.allocator import keep_freed_memory
 kept = keep_freed_memory()
 for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -224,7 +224,7 @@ print(int(kept), found)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     """In a process of its own, as it is for good. Else 64 MB are up to 15,625 pages that the system clears each time anew."""
-    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", FAULTS], cwd=EXAMPLES.parents[1], capture_output=True, text=True, check=True)
     kept, found = (int(each) for each in run.stdout.split())
     assert kept == 1 and found < 100
 

@@ -2,7 +2,8 @@
 
 glibc hands a freed block of some size back to the system at once, so that every update asks for its activations anew and the
 system clears them page by page: 17,000 page faults and 5 % of an update of SiD on a network of 7 million weights
-(`python -m benchmarks.step`). An update needs what the last one needed, so the process keeps it.
+(`python -m benchmarks.step`). An update needs what the last one needed, so a benchmark's process keeps it; a run does not,
+since memory measured later in its process would be wrong.
 """
 
 from __future__ import annotations
