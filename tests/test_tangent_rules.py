@@ -57,6 +57,10 @@ OPERATIONS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "gelu, tanh": (lambda: nn.GELU(approximate="tanh"), (2, 6)),
     "product with itself": (lambda: lambda x: x @ x.mT, (2, 4, 6)),
     "product with a constant": (lambda: lambda x: torch.bmm(torch.ones(2, 3, 4, dtype=x.dtype), x), (2, 4, 6)),
+    "product of numbers": (lambda: lambda x: torch.mul(x, x.square().sum(-1, keepdim=True)) * 3, (2, 4, 6)),
+    "product of numbers with a constant": (lambda: lambda x: 2 * x * torch.arange(6, dtype=x.dtype), (2, 4, 6)),
+    "quotient by a constant": (lambda: lambda x: x / 3 / torch.arange(1, 7, dtype=x.dtype), (2, 4, 6)),
+    "quotient": (lambda: lambda x: torch.div(2, x.square() + 1) + x / (x.square() + 1), (2, 4, 6)),
     "no rule": (lambda: lambda x: torch.einsum("bij,bkj->bik", x, x).cumsum(1).softmax(-1).chunk(2, 1)[1], (2, 4, 6)),
     "in place": (lambda: lambda x: (x * x).add_(x).mul_(2), (2, 6)),
     "multi-head": (lambda: functools.partial(itself, nn.MultiheadAttention(6, 2, batch_first=True).double()), (2, 4, 6)),
@@ -195,14 +199,15 @@ def test_one_pass_where_both_are_the_same(drop: float, mixed: bool, calls: list[
 @pytest.mark.parametrize(
     ("needed", "one_pass", "calls"),
     [
-        ([True, False, True, True], True, [3, 1]),
+        ([True, False, True, True], True, [4]),
+        ([True, False, True, False], True, [4, 2]),
         ([True, False, True, True], False, [4, 3]),
         ([True] * 4, True, [4]),
         ([False] * 4, True, [4]),
     ],
 )
 def test_only_where_it_is_needed(needed: list[bool], one_pass: bool, calls: list[int]) -> None:
-    """Samples that need no derivative go through no forward mode; answers and their gradients are those of one batch."""
+    """A few samples have a pass of their own in forward mode; answers and their gradients are those of one batch."""
     network, denoiser, of = layered()
     x, dx, t, where = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.rand(4), torch.tensor(needed)
     value, change = answer_and_derivative(of, denoiser, x, t, dx, where=where, one_pass=one_pass)
@@ -210,7 +215,6 @@ def test_only_where_it_is_needed(needed: list[bool], one_pass: bool, calls: list
     plain, everywhere = answer_and_derivative(of, denoiser, x, t, dx, way="plain", where=where)
     torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(change[where], everywhere[where], rtol=1e-5, atol=1e-6)
-    assert not change[~where].any() and everywhere.abs().amin((1, 2, 3)).ge(0).all()
     ours, theirs = (torch.autograd.grad(y.square().sum(), list(network.parameters())) for y in (value, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

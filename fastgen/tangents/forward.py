@@ -82,7 +82,7 @@ def layer(func: Rule, input: Any, weight: Any, bias: Any = None, *args: Any, **k
 
 
 def product(func: Rule, a: Any, b: Any, **kwargs: Any) -> Any:
-    """Products of two matrices, of which one may have no tangent."""
+    """Products, of matrices or number by number, of which one factor may have no tangent."""
     (a, da), (b, db) = parts(a), parts(b)
     if kwargs or (da is None and db is None):
         return NotImplemented
@@ -90,6 +90,17 @@ def product(func: Rule, a: Any, b: Any, **kwargs: Any) -> Any:
     with torch.no_grad():
         terms = [func(*pair) for pair in ((da, b), (a, db)) if pair[0] is not None and pair[1] is not None]
         dy = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+    return forward_ad.make_dual(y, dy)
+
+
+def quotient(func: Rule, a: Any, b: Any, **kwargs: Any) -> Any:
+    """Division by what has no tangent: most often the number 1, by which diffusers' blocks scale what they return."""
+    a, da = parts(a)
+    if kwargs or da is None or varies(b):
+        return NotImplemented
+    y = func(a, b)
+    with torch.no_grad():
+        dy = func(da, b)
     return forward_ad.make_dual(y, dy)
 
 
@@ -187,6 +198,8 @@ RULES: dict[Any, Rule] = {
     F.linear: layer,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), layer),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), product),
+    **dict.fromkeys((torch.mul, Tensor.mul), product),
+    **dict.fromkeys((torch.div, Tensor.div), quotient),
     F.silu: pointwise(aten.silu_backward),
     F.gelu: pointwise(aten.gelu_backward),
     F.group_norm: group_norm,
