@@ -114,17 +114,18 @@ def verdicts(records: dict[str, list[Record]], findings: dict[str, str]) -> list
     heads = ["method", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS), "seeds"]
     table, reasons = [line(heads), "|---|" + "---|" * len(STEPS) + "---:|"], []
     for name in sorted(set(records) - {"teacher"}):
-        some, cells, missed = records[name], [], []
+        some, cells, missed, failed = records[name], [], [], False
         for steps in STEPS:
             rows = at(some, steps)
             short = misses(rows, records["teacher"], steps) if rows else []
             word = ("misses" if short else "passes") if rows else ""
             cells.append(f"**{word}**" if word and own_steps(some[0]) == steps else word)
+            failed |= bool(short) and own_steps(some[0]) == steps
             missed += [f"{steps} step{'s' * (steps > 1)}: {'; '.join(short)}."] if short else []
         table.append(line([f"`{name}`", *cells, str(len(some))]))
         if missed or name in findings:
-            why = findings.get(name, UNEXPLAINED)
-            reasons.append(f"- `{name}` " + " ".join([*missed, why]))
+            why = findings.get(name, UNEXPLAINED if failed else "")
+            reasons.append(f"- `{name}` " + " ".join([*missed, why]).rstrip())
     legend = "In bold at the number of steps that a method takes unless told otherwise; empty where it is not made for so many."
     return ["## What passes", "", legend, "", *table, "", *([*reasons, ""] if reasons else [])]
 

@@ -86,7 +86,10 @@ def test_the_page_says_what_passes_and_why_the_others_miss() -> None:
     why = "1 step: Fréchet distance 10.10, not 10.00 or less; strict accuracy 0.76, not 0.77 or more. "
     assert f"- `lcm` {why}8 steps: Fréchet distance 3.10, not 3.00 or less. Its target forgets." in text
     assert "| `tcd` |  |  |  | **passes** | 3 |" in text and "| 2.50 (2.00-4.00) |" in text
-    assert "Why is not known yet." in page(records, {}) and "Not run yet: `add`" in text
+    assert "Why is not known yet." not in page(records, {}), "at its own number of steps each passes"
+    assert "Not run yet: `add`" in text
+    records["dmd"] = [record("dmd", own=1, step1=(15.0, 0.8))]
+    assert "- `dmd` 1 step: Fréchet distance 15.00, not 10.00 or less. Why is not known yet." in page(records, {})
     with pytest.raises(ValueError, match="findings on dmd7"):
         page(records, {"dmd7": "It flies."})
 
