@@ -107,6 +107,8 @@ class Denoiser(nn.Module):
         guide: Guide = guide,
         groups: Groups | None = None,
         end_input: EndInput | None = None,
+        partial: bool = True,
+        batched_guidance: bool = True,
     ):
         """`guide` is how `Guided` combines two of its outputs; `groups` splits a batch that the network cannot take at once."""
         super().__init__()
@@ -115,7 +117,7 @@ class Denoiser(nn.Module):
         self.call, self.process, self.kind, self.activate = call, process, kind, activate
         self.embeds_guidance, self.guide, self.groups = embeds_guidance, guide, groups
         self.end_input = end_input
-        self.partial = self.batched_guidance = True
+        self.partial, self.batched_guidance = partial, batched_guidance
         self.layer_calls: dict[tuple[str, ...], int] = {}
 
     network: nn.Module

@@ -229,6 +229,25 @@ def test_a_kernel_that_is_wrong_is_not_chosen_however_fast(wrong: Any) -> None:
     assert found.left_out["native_flash"] and "native_flash" not in found.seconds
 
 
+def test_what_runs_out_of_memory_is_tried_again_the_next_time(tmp_path: Path) -> None:
+    bench = Bench({"native_flash": torch.OutOfMemoryError("of 80 GB")})
+    found = bench.choose(cache=tmp_path)
+    assert found.kernel == "xformers" and found.left_out["native_flash"] == "there was not the memory to try it"
+    bench.wrong.clear()
+    assert bench.choose(cache=tmp_path).kernel == "native_flash" and bench.measured == 2
+
+
+def test_what_cannot_be_compared_with_torchs_own_choice_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Bench({"native": RuntimeError("a driver of the year before last")}).choose(cache=tmp_path)
+    assert found.kernel == "native" and "as none could be timed" in found.line and not list(tmp_path.rglob("*.json"))
+
+    def no_room(*_: Any, **__: Any) -> dict[str, float]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Bench, "seconds", no_room)
+    assert Bench().choose(cache=tmp_path).kernel == "native"
+
+
 def test_a_method_that_takes_derivatives_gets_a_kernel_with_forward_mode() -> None:
     found = Bench().choose(forward_mode=True)
     assert found.kernel == "native" and set(found.seconds) == {"native", "native_math"}

@@ -19,7 +19,7 @@ from torch import nn
 from fastgen.attention.calls import made_up, watch
 from fastgen.attention.kernels import KERNELS
 from fastgen.attention.measure import errors
-from fastgen.attention.processors import attend, kernel_of, kernel_set, set_kernel, switchable
+from fastgen.attention.processors import attend, kernel_of, kernel_set, serves, set_kernel, switchable
 from fastgen.errors import UserError
 from fastgen.eval import protocol
 from fastgen.pipelines import Pipeline
@@ -259,6 +259,22 @@ def test_a_foreign_kernel_computes_in_the_precision_of_autocast(pipelines: dict[
         with kernel_set(pipeline.network, "xformers"):
             found = call()
     assert xformers and (found - before).norm() < 0.02 * before.norm()
+
+
+def test_what_a_kernel_does_not_take_is_left_to_torchs_own_choice(calls_seen: list[str]) -> None:
+    """Calls in single precision by a kernel of half precision, and masks by one that takes none."""
+    q, k, v = (torch.randn(2, 6, 4, 8) for _ in range(3))
+    expected = attend(AttentionBackendName.NATIVE, q, k, v)
+    assert torch.equal(attend(AttentionBackendName.FLASH, q, k, v), expected)
+    keys = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    masked = attend(AttentionBackendName.NATIVE, q, k, v, keys)
+    assert torch.equal(attend(AttentionBackendName._NATIVE_FLASH, q, k, v, keys), masked)
+    assert calls_seen == ["native"] * 4 and not torch.equal(masked, expected)
+    torch.testing.assert_close(attend(AttentionBackendName._NATIVE_FLASH, q, k, v), expected, rtol=1e-4, atol=1e-5)
+    assert calls_seen[-1] == "_native_flash"
+    assert serves(AttentionBackendName.FLASH, torch.bfloat16, None, q, k)
+    assert not serves(AttentionBackendName.FLASH, torch.bfloat16, keys, q, k)
+    assert serves(AttentionBackendName.FLASH_VARLEN_HUB, torch.bfloat16, keys, q, k)
 
 
 def test_masks_of_keys_serve_all_of_torchs_kernels() -> None:

@@ -26,9 +26,10 @@ from fastgen.method import Batch, Method
 from fastgen.methods.lcm import LCM
 from fastgen.methods.scm import SCM
 from fastgen.pipelines import Pipeline
+from fastgen.pipelines.tiny.transformers import qwen_image
 from fastgen.tangents import derivative
 from fastgen.training import attention as training_attention
-from fastgen.training.attention import recorded, settle_attention, takes_forward_mode
+from fastgen.training.attention import one_pass, recorded, settle_attention, takes_forward_mode
 from tests import tiny_models as tiny
 
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_a_run_on_a_gpu_measures_its_own_calls(pipeline: Pipeline, tmp_path: Pat
     told, said = settled(pipeline, "auto", tmp_path, method=SCM())
     assert torch.equal(torch.get_rng_state(), before), "no random number of the run's is drawn"
     assert seen["training"] and seen["forward_mode"] and seen["cache"] == tmp_path / "cache"
-    assert {len(each.query) for each in seen["calls"]} == {2}, "a micro-batch"
+    assert {len(each.query) for each in seen["calls"]} == {2, 4}, "a micro-batch, and a guided one"
     assert kernel_of(pipeline.network) == kernel_of(pipeline.trainable("student").network) == "native_flash"
     assert said == ["a line"] and told["attention"]["seconds"] == {"native": 2.0, "native_flash": 1.0}
 
@@ -152,6 +153,20 @@ def test_who_asks_for_another_kernel_gets_it(pipeline: Pipeline, tmp_path: Path)
     (tmp_path / "environment.json").write_text(json.dumps({"attention": {"kernel": "native_math", "asked": "auto"}}))
     assert settled(pipeline, "native_flash", tmp_path)[0] == {"attention": {"kernel": "native_flash", "asked": "native_flash"}}
     assert kernel_of(pipeline.network) == "native_flash"
+
+
+def test_a_kernel_that_a_run_began_with_elsewhere_may_not_serve_here(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps({"attention": {"kernel": "native_efficient", "asked": "auto"}}))
+    words = 'began with the attention kernel "native_efficient", but it runs on cuda, not on cpu; set speed.attention anew'
+    with pytest.raises(UserError, match=words):
+        settled(pipeline, "auto", tmp_path)
+
+
+def test_the_masks_that_guidance_makes_are_seen() -> None:
+    """A single prompt has no padding; beside the empty one, which is shorter, it has."""
+    pipeline = Pipeline.wrap(qwen_image())
+    run = RunConfig("lcm", LCM(), train=TrainConfig(batch=1, sample_prompts=["a small red circle left of a large blue ring"]))
+    assert {each.mask_kind for each in one_pass(run, pipeline, nullcontext)} == {None, "keys"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"attention": "native"}', '{"attention": {"kernel": "x", "asked": "auto"}}'])
@@ -224,6 +239,16 @@ def test_a_network_that_samples_is_settled_at_its_first_call(pipeline: Pipeline,
     for _ in range(2):
         torch.testing.assert_close(pipeline.call(network, noise, time, condition), before, atol=1e-4, rtol=1e-4)
     assert len(seen) == 2 and seen[1][0] > 0 and said == ["chosen"] and kernel_of(network) == "native_math"
+
+
+def test_a_first_call_that_fails_leaves_the_kernel_to_the_next(pipeline: Pipeline) -> None:
+    network = copy.deepcopy(pipeline.network)
+    inference.settle_at_first_call(network, "native_math", where="--attention")
+    with pytest.raises(TypeError):
+        network()
+    condition, noise = pipeline.encode_prompts(["a red cube"]), torch.randn(1, *pipeline.latent_shape)
+    pipeline.call(network, noise, torch.full((1,), 0.5), condition)
+    assert kernel_of(network) == "native_math"
 
 
 def test_the_commands_that_sample_take_a_kernel(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from fastgen.method import Batch
 from fastgen.methods.dmd2 import DMD2
 from fastgen.pipelines import Pipeline
 from fastgen.process import Flow
-from fastgen.training.speed import Compilations, compile_blocks, refuse, repeated_blocks, switch
+from fastgen.training.speed import Compilations, compile_blocks, refuse, repeated_blocks, set_up, switch
 from tests import tiny_models as tiny
 from tests.tiny_models import PROMPTS
 
@@ -167,6 +167,20 @@ def test_what_does_not_go_together_is_refused(method: str, own: list[str], match
         refuse(config.load(path, [*own, "speed.compile=true"]))
     if method == "scm":
         refuse(config.load(path, ['method.tangent="central"', "speed.compile=true"]))
+
+
+def test_channels_last_is_not_for_weights_that_are_cut() -> None:
+    with pytest.raises(UserError, match=r'speed\.channels_last = true does not go with train.sharding = "fsdp"'):
+        refuse(config.load(ROOT / "configs" / "toy" / "lcm.toml", ["speed.channels_last=true", 'train.sharding="fsdp"']))
+
+
+def test_denoisers_that_are_made_later_are_switched_too() -> None:
+    """Such as the teacher of sample grids: what fits in training fits in sampling."""
+    run = config.load(ROOT / "configs" / "toy" / "lcm.toml", ["speed.batched_guidance=false", "speed.partial_passes=false"])
+    pipeline = Pipeline.wrap(tiny.sd15())
+    set_up(run, pipeline, print)
+    for denoiser in (pipeline.frozen(), pipeline.trainable("another")):
+        assert not denoiser.batched_guidance and not denoiser.partial
 
 
 def test_channels_last_gives_the_same_update() -> None:

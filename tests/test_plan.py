@@ -156,6 +156,13 @@ def test_adapters_share_the_base(folder: Path) -> None:
     assert row(plan, "student")["parameters"] == row(plan, "student")["trainable"] < base
 
 
+def test_two_calls_of_half_the_batch_take_less(folder: Path) -> None:
+    """Where a student waits with its graph for what a guided teacher says."""
+    one = estimate(run_of(folder, "swiftbrush"))
+    two = estimate(changed(folder, "swiftbrush", "full", "speed.batched_guidance=false"))
+    assert two.turns[1].peak < one.turns[1].peak and one.turns[1].player == "student"
+
+
 def test_no_weights_are_needed(folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     tiny.toy().save_pretrained(bare)

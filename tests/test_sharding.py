@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.process_worlds import together
-from tests.test_processes import METHODS, OPTIONS, compare, run
+from fastgen.config import TrainConfig
+from tests.process_worlds import together, train
+from tests.test_processes import METHODS, OPTIONS, compare, losses, run
 
 SHARDED = replace(OPTIONS, sharding="fsdp")
 
@@ -26,6 +27,24 @@ def test_two_sharded_processes_learn_what_one_does(name: str, lora: bool, tmp_pa
 @pytest.mark.parametrize("name", METHODS)
 def test_four_sharded_processes_learn_what_one_does(name: str, lora: bool, tmp_path: Path) -> None:
     compare(name, lora, 4, tmp_path, SHARDED)
+
+
+def differentiate(tangent: str, options: TrainConfig, folder: str) -> None:
+    """One process of a run of sCM."""
+    train("scm", {"tangent": tangent, "warmup": 0}, False, options, Path(folder), None)
+
+
+@pytest.mark.parametrize("tangent", ["exact", "central"])
+def test_derivatives_are_taken_in_single_precision_of_weights_that_are_cut(tangent: str, tmp_path: Path) -> None:
+    """In mixed precision too, in which a derivative of rounded weights would be noise, and a difference is refused."""
+    options = replace(OPTIONS, precision="bf16", steps=3)
+    alone, cut = tmp_path / "alone", tmp_path / "cut"
+    for folder in (alone, cut):
+        folder.mkdir()
+    differentiate(tangent, options, str(alone))
+    together(2, differentiate, tangent, replace(options, batch=options.batch // 2, sharding="fsdp"), str(cut))
+    expected, found = ([line["student/consistency"] for line in losses(folder)] for folder in (alone, cut))
+    assert len(found) == 3 and found == pytest.approx(expected, rel=1e-2)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ OPERATIONS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "product with a constant": (lambda: lambda x: torch.bmm(torch.ones(2, 3, 4, dtype=x.dtype), x), (2, 4, 6)),
     "product of numbers": (lambda: lambda x: torch.mul(x, x.square().sum(-1, keepdim=True)) * 3, (2, 4, 6)),
     "product of numbers with a constant": (lambda: lambda x: 2 * x * torch.arange(6, dtype=x.dtype), (2, 4, 6)),
+    "product of complex numbers": (lambda: lambda x: torch.view_as_real(torch.view_as_complex(x) * x[..., 0]), (2, 4, 2)),
     "quotient by a constant": (lambda: lambda x: x / 3 / torch.arange(1, 7, dtype=x.dtype), (2, 4, 6)),
     "quotient": (lambda: lambda x: torch.div(2, x.square() + 1) + x / (x.square() + 1), (2, 4, 6)),
     "no rule": (lambda: lambda x: torch.einsum("bij,bkj->bik", x, x).cumsum(1).softmax(-1).chunk(2, 1)[1], (2, 4, 6)),

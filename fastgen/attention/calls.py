@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgen.attention.kernels import Mask
-from fastgen.attention.processors import kernel_set
+from fastgen.attention.processors import kernel_set, mask_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +38,8 @@ class Call:
 
     @property
     def mask_kind(self) -> Mask | None:
-        """What kind of mask it is; one of pairs that says the same to every query is one of keys."""
-        if self.mask is None:
-            return None
-        if self.mask.dtype != torch.bool:
-            return "added"
-        of_keys = self.mask.ndim == 4 and self.mask.shape[1] == self.mask.shape[2] == 1
-        return "keys" if of_keys or self.mask.shape == (len(self.key), self.key.shape[2]) else "pairs"
+        """What kind of mask it is, as `mask_kind` says."""
+        return None if self.mask is None else mask_kind(self.mask, len(self.key), self.key.shape[2])
 
     def describe(self) -> dict[str, Any]:
         """All that the choice of a kernel depends on, as JSON."""

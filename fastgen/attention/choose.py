@@ -31,6 +31,7 @@ FORMAT = 1
 PACKAGES = ("torch", "diffusers", "xformers", "flash-attn", "flash-attn-3", "sageattention", "kernels", "triton")
 WORTH = 0.97
 """Share of the fallback's time that another kernel must stay below to be taken."""
+NO_MEMORY = "there was not the memory to try it"
 ONE_CHOICE = "cpu", "mps", "xpu"
 """Devices on which torch's own choice is the only kernel worth having."""
 
@@ -93,7 +94,7 @@ def choose(
     named cannot do it, with the reason.
     """
     tools = tools or Tools()
-    needs = {"training": training, "forward_mode": forward_mode, **_facts(calls, device)}
+    needs = {"training": training, "forward_mode": forward_mode, **facts(calls, device)}
     if asked != "auto":
         return _named(asked, calls, needs, where, tools)
     if device.type in ONE_CHOICE:
@@ -105,9 +106,9 @@ def choose(
     if kept is None:
         tried = {each.name: _tried(each, calls, training, tools) for each in valid}
         agreeing = [each for each in valid if not tried[each.name]]
-        times = tools.seconds(agreeing, calls, training=training) if agreeing else {}
-        measured = Measured(times, {name: reason for name, reason in tried.items() if reason})
-        write(cache, made_with, measured)
+        measured = Measured(_times(agreeing, calls, training, tools), {name: why for name, why in tried.items() if why})
+        if NO_MEMORY not in tried.values():  # of which there may be more the next time
+            write(cache, made_with, measured)
     else:
         measured = kept
     seconds, before = measured.seconds, " (measured before)" * (kept is not None)
@@ -131,6 +132,8 @@ def _ratio(name: str, seconds: Mapping[str, float]) -> str:
     if name != FALLBACK and FALLBACK in seconds:
         return f", {seconds[FALLBACK] / seconds[name]:.2f} times as fast as torch's own choice,"
     others = [each for each in seconds if each != FALLBACK]
+    if not seconds:
+        return ", torch's own choice, as none could be timed,"
     if not others or FALLBACK not in seconds:
         return ", the only one that can serve,"
     nearest = min(others, key=lambda each: seconds[each])
@@ -157,13 +160,25 @@ def _tried(kernel: Kernel, calls: Sequence[Call], training: bool, tools: Tools, 
     try:
         tools.load(kernel)
         found = tools.errors(kernel, calls, training=training)
+    except torch.OutOfMemoryError:
+        return NO_MEMORY
     except Exception as error:  # a kernel may raise anything
         return f"it does not take this network's calls ({first_line(error)})"
     reason = measure.agrees(found, calls)
     return reason if exact or found.output != found.output else ""
 
 
-def _facts(calls: Sequence[Call], device: torch.device) -> dict[str, Any]:
+def _times(kernels: Sequence[Kernel], calls: Sequence[Call], training: bool, tools: Tools) -> dict[str, float]:
+    """Seconds by kernel; nothing where torch's own choice is not among them, or where memory runs out."""
+    if FALLBACK not in (each.name for each in kernels):
+        return {}
+    try:
+        return tools.seconds(kernels, calls, training=training)
+    except torch.OutOfMemoryError:
+        return {}
+
+
+def facts(calls: Sequence[Call], device: torch.device) -> dict[str, Any]:
     """What `unfit` is to be told of calls and of the device that they are made on."""
     return {
         "device": device.type,

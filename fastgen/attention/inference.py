@@ -27,10 +27,10 @@ def settle_at_first_call(
         choose(asked, [], **options)
 
     def settle(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hook.remove()
         calls = watch(module, lambda: module.forward(*args, **named)) if needs_watching(asked, device) else []
         choice = choose(asked, calls, **options)
         set_kernel(module, choice.kernel)
+        hook.remove()  # not before: a first call that fails leaves the choice to the next
         if say is not None:
             say(choice.line)
 

@@ -166,7 +166,7 @@ def unfit(
         if kernel.most is not None and capability > kernel.most:
             return f"it is for GPUs of architecture {_dotted(kernel.least)}, and this one is {_dotted(capability)}"
     for dtype in dtypes:
-        if dtype not in kernel.dtypes and not (device == "cpu" and kernel.name == "native_flash"):
+        if not computes_in(kernel, dtype, device):
             return f"it computes in {' and '.join(kernel.dtypes)}, not in {dtype}"
     for size in head_sizes:
         if size > kernel.head:
@@ -175,6 +175,11 @@ def unfit(
         if mask not in kernel.masks:
             return f"it takes {_masks(kernel)}, and the network has {MASKS[mask]}"
     return ""
+
+
+def computes_in(kernel: Kernel, dtype: str, device: str) -> bool:
+    """Whether a kernel takes numbers of a `dtype` such as "bfloat16" on a device; torch's flash takes any on a CPU."""
+    return dtype in kernel.dtypes or (device == "cpu" and kernel.name == "native_flash")
 
 
 MASKS = {"keys": "masks of keys", "pairs": "masks of pairs", "added": "numbers added to its scores"}

@@ -26,13 +26,14 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor, nn
 
-from fastgen.attention.kernels import FALLBACK, KERNELS, Kernel, first_line
+from fastgen.attention.kernels import FALLBACK, KERNELS, Kernel, Mask, computes_in, first_line
 from fastgen.errors import UserError
 
 DISPATCHER, PRODUCT = "dispatch_attention_fn", "scaled_dot_product_attention"
 NATIVE = AttentionBackendName.NATIVE
 TORCH = ("native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn")
 """Kernels that torch itself prepares the precision for, under automatic mixed precision."""
+BY_BACKEND = {each.backend: each for each in KERNELS.values()}
 
 
 def set_kernel(network: nn.Module, name: str) -> int:
@@ -190,21 +191,44 @@ def attend(
     """Attention of `query` [B, N, H, D], `key` and `value` [B, M, H, D] by one of diffusers' kernels: [B, N, H, D].
 
     Does what the dispatcher leaves undone: half precision under autocast (torch's own kernels are given it by torch), masks of
-    keys [B, M] in a form that all of torch's take, and true and false as numbers for xformers, which would add 1 and 0.
+    keys [B, M] in a form that all of torch's take, and true and false as numbers for xformers, which would add 1 and 0. A call
+    in a precision or with a mask that the kernel does not take is left to torch's own choice: a run has such calls beside those
+    its kernel was chosen on, where prompts differ in length, or where a network is called in single precision.
     """
-    if backend.value not in TORCH and torch.is_autocast_enabled(query.device.type):
-        lower = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(lower), key.to(lower), value.to(lower)
-    if isinstance(attn_mask, Tensor):
-        if attn_mask.ndim == 2 and attn_mask.shape == (len(key), key.shape[1]):
-            attn_mask = attn_mask[:, None, None]
-        if backend is AttentionBackendName.XFORMERS:
-            attn_mask = _added(attn_mask, query, key)
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        if backend.value not in TORCH:
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(attn_mask, Tensor) and attn_mask.ndim == 2 and attn_mask.shape == (len(key), key.shape[1]):
+        attn_mask = attn_mask[:, None, None]
+    if not serves(backend, dtype, attn_mask, query, key):
+        backend = NATIVE
+    if backend is AttentionBackendName.XFORMERS and isinstance(attn_mask, Tensor):
+        attn_mask = _added(attn_mask, query, key)
     return dispatch_attention_fn(  # type: ignore[no-any-return]
         *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs),
         backend=backend,
         parallel_config=parallel_config,
     )
+
+
+def serves(backend: AttentionBackendName, dtype: torch.dtype, mask: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether a kernel is known to take a call in this precision and with this mask; one that is in no table takes all."""
+    kernel = BY_BACKEND.get(backend.value)
+    if kernel is None:
+        return True
+    masked = mask_kind(mask, len(key), key.shape[1]) if isinstance(mask, Tensor) else None
+    fits = computes_in(kernel, str(dtype).removeprefix("torch."), query.device.type)
+    return fits and (masked is None or masked in kernel.masks)
+
+
+def mask_kind(mask: Tensor, samples: int, columns: int) -> Mask:
+    """What kind of mask it is, over so many keys; one of pairs that says the same to every query is one of keys."""
+    if mask.dtype != torch.bool:
+        return "added"
+    of_keys = mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+    return "keys" if of_keys or mask.shape == (samples, columns) else "pairs"
 
 
 def _added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class Pipeline:
         self.latent_shape, self.embeds_guidance = self.form.latent_shape, self.form.embeds_guidance
         self.default_guidance = self._default_guidance()
         self.feature_layers, self.lora_targets = feature_layers(self.network), lora_targets(self.network)
+        self.partial_passes = self.batched_guidance = True
         self._host: AdapterHost | None = None
         self._nulls: dict[tuple[int | None, int | None], Condition] = {}
         if gradient_checkpointing:
@@ -280,9 +281,10 @@ class Pipeline:
         return renormalised_guide(yes, no, scale, self.form.renormalises)
 
     def _manners(self) -> dict[str, Any]:
-        """What a denoiser in any role does as the pipeline does it."""
+        """What a denoiser in any role does as the pipeline does it, and by how many passes."""
         groups: Groups | None = self.form.lengths.groups if self.form.lengths.separates else None
-        return {"guide": self.guide, "groups": groups}
+        passes = {"partial": self.partial_passes, "batched_guidance": self.batched_guidance}
+        return {"guide": self.guide, "groups": groups, **passes}
 
     def _bare(self) -> AbstractContextManager[Any]:
         return self._host.selected(None) if self._host else nullcontext()

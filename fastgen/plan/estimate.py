@@ -93,6 +93,7 @@ def place(pipeline: Pipeline, config: RunConfig, ledger: Ledger, device: str) ->
 def observe(config: RunConfig, pipeline: Pipeline, ledger: Ledger, device: str) -> Plan:
     """Set the method up, and watch every player move in each of its stages."""
     method, train, roles = config.method, config.train, Roles(pipeline)
+    pipeline.partial_passes, pipeline.batched_guidance = config.speed.partial_passes, config.speed.batched_guidance
     method.setup(pipeline)
     for module in [role for _, role in roles.made] + [player.weights for player in method.players()]:
         assert ledger.hollow is not None

@@ -84,7 +84,7 @@ def layer(func: Rule, input: Any, weight: Any, bias: Any = None, *args: Any, **k
 def product(func: Rule, a: Any, b: Any, **kwargs: Any) -> Any:
     """Products, of matrices or number by number, of which one factor may have no tangent."""
     (a, da), (b, db) = parts(a), parts(b)
-    if kwargs or (da is None and db is None):
+    if kwargs or (da is None and db is None) or any(isinstance(each, Tensor) and each.is_complex() for each in (a, b)):
         return NotImplemented
     y = func(a, b)
     with torch.no_grad():

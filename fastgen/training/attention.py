@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from fastgen.attention.calls import Call, watch
-from fastgen.attention.choose import Choice, choose, needs_watching
-from fastgen.attention.kernels import FALLBACK, KERNELS, missing
+from fastgen.attention.choose import Choice, choose, facts, needs_watching
+from fastgen.attention.kernels import FALLBACK, KERNELS, missing, unfit
 from fastgen.attention.processors import other_default, set_kernel, switchable
 from fastgen.config import RunConfig
 from fastgen.data.encoding import encode_prompts
 from fastgen.data.prompts import read_prompts
+from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.pipelines import Pipeline
@@ -30,11 +31,16 @@ ENVIRONMENT = "environment.json"
 FORWARD_MODE = ("exact", "plain", "semi")
 """Ways of taking a derivative (`fastgen.tangents.Way`) that go through the network in forward mode."""
 PROMPT = "a small red circle"
-TIME = 0.5
+TIME, GUIDANCE = 0.5, 3.0
 
 
 class Says(Protocol):
     def __call__(self, text: str, /) -> object: ...
+
+
+def takes_derivatives(method: Method) -> bool:
+    """Whether a method differentiates its network along trajectories, in any way, which its field `tangent` says."""
+    return getattr(method, "tangent", None) is not None
 
 
 def takes_forward_mode(method: Method) -> bool:
@@ -64,7 +70,8 @@ def settle_attention(
         before = next((kernel for each in folders if (kernel := recorded(each / ENVIRONMENT, asked))), None)
         if before is None:
             return _choose(config, pipeline, device, autocast)
-        if reason := missing(KERNELS[before], named=True):
+        needs = {"training": True, "forward_mode": takes_forward_mode(config.method), **facts((), device)}
+        if reason := unfit(KERNELS[before], **needs) or missing(KERNELS[before], named=True):
             raise UserError(f'this run began with the attention kernel "{before}", but {reason}; set speed.attention anew')
         return Choice(before, asked, line=f"attention: {before}, as this run began")
 
@@ -129,7 +136,10 @@ def _choose(config: RunConfig, pipeline: Pipeline, device: torch.device, autocas
 
 
 def one_pass(config: RunConfig, pipeline: Pipeline, autocast: Any) -> list[Call]:
-    """The calls of attention in a pass of the run's network on latents of its size, with prompts of its own."""
+    """The calls of attention in a pass of the network on the run's latents and prompts, and in a guided one.
+
+    There the empty prompt is beside them, which is shorter: for two lengths a network may have a mask.
+    """
     train = config.train
     size = train.batch // train.micro_batches if train.micro_batches else 1
     if not switchable(pipeline.network):
@@ -138,11 +148,14 @@ def one_pass(config: RunConfig, pipeline: Pipeline, autocast: Any) -> list[Call]
     noise = torch.randn(size, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
     times = pipeline.process.snap(torch.full((size,), TIME, device=pipeline.device))
     teacher = pipeline.frozen()
+    guided = config.speed.batched_guidance and condition.null is not None and not teacher.embeds_guidance
 
     def call() -> None:
         context: AbstractContextManager[Any] = autocast()
         with context:
             teacher(noise, times, condition)
+            if guided:
+                Guided(teacher, GUIDANCE)(noise, times, condition)
 
     return watch(pipeline.network, call)
 

@@ -26,6 +26,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.method import Method
 from fastgen.process import Prediction
+from fastgen.training.attention import takes_derivatives
 from fastgen.training.launch import processes
 
 __all__ = ["Sharding", "cut", "gradient_norm", "hand_over", "joined", "local_part", "own_parts", "part_like", "whole"]
@@ -54,7 +55,7 @@ class Sharding:
             raise UserError(f'train.sharding = "fsdp" goes with train.precision "fp32" or "bf16", not "{options.precision}"')
         denoisers, holders = reached(method)
         policy = MixedPrecisionPolicy()
-        if options.precision == "bf16":
+        if options.precision == "bf16" and not takes_derivatives(method):  # Those are taken of single precision.
             # Inputs stay as they are: times up to 1000 are no numbers of bf16, and autocast casts what it must.
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (processes(),))

@@ -37,6 +37,7 @@ def set_up(config: RunConfig, pipeline: Pipeline, say: Say) -> None:
     Raises UserError for switches that do not go with the method, the network or one another.
     """
     refuse(config)
+    pipeline.partial_passes, pipeline.batched_guidance = config.speed.partial_passes, config.speed.batched_guidance
     config.method.setup(pipeline)
     switch(config.method, config.speed, say)
 
@@ -47,7 +48,12 @@ def prefetching(source: Source, config: RunConfig) -> Source:
 
 
 def refuse(config: RunConfig) -> None:
-    """Raise UserError where compiled blocks cannot do what the run asks of them."""
+    """Raise UserError for switches that do not go with what else the run asks."""
+    if config.speed.channels_last and config.train.sharding != "none":
+        raise UserError(
+            f'speed.channels_last = true does not go with train.sharding = "{config.train.sharding}", which cuts '
+            "weights row by row; set one of them back"
+        )
     if not config.speed.compile:
         return
     if takes_forward_mode(config.method):
@@ -69,8 +75,6 @@ def switch(method: Method, options: SpeedConfig, say: Say, *, backend: str = "in
     `backend` is torch.compile's. Raises UserError for a network that has no blocks to compile, or no convolutions to lay out.
     """
     denoisers, _ = reached(method)
-    for denoiser in denoisers:
-        denoiser.partial, denoiser.batched_guidance = options.partial_passes, options.batched_guidance
     networks = list({id(denoiser.network): denoiser.network for denoiser in denoisers}.values())
     tapped: dict[int, set[str]] = {id(network): set() for network in networks}
     for denoiser in denoisers:
