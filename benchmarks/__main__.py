@@ -23,7 +23,7 @@ from benchmarks.fast_page import PAGE, ratios, write_page
 QUICK: dict[str, list[str]] = {
     "step": ["--network", "transformer", "--rounds", "6"],
     "switches": [],
-    "attention": ["--presets", "toy", "sd15", "flux"],
+    "attention": [],
     "jvp": ["--rounds", "5"],
     "overhead": ["--updates", "30"],
     "roles": [],

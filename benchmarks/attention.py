@@ -12,6 +12,7 @@ minutes.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shrink = args.shrink or (64 if device.type == "cpu" else 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     setting = {"device": name, "dtype": str(dtype).removeprefix("torch."), "batch": args.batch, "rounds": args.rounds}
-    record: dict[str, Any] = {"what": __doc__, **environment(), **setting, "presets": {}}
+    command = " ".join(["python -m benchmarks.attention", *(sys.argv[1:] if arguments is None else arguments)])
+    record: dict[str, Any] = {"command": command, "what": __doc__, **environment(), **setting, "presets": {}}
     for preset in args.presets:
         about, shapes = PRESETS[preset]
         less = 1 if preset == "toy" else shrink

@@ -16,6 +16,7 @@ import functools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -173,6 +174,7 @@ def main() -> None:
     condition = pipeline.encode_prompts([PROMPTS[i % 2] for i in range(several)])
     student = pipeline.trainable("student")
     record = {
+        "command": " ".join(["python -m benchmarks.jvp", *sys.argv[1:]]),
         "machine": {"cpu": platform.machine(), "python": platform.python_version(), "threads": 1},
         "versions": {name: version(name) for name in PACKAGES},
         "date": time.strftime("%Y-%m-%d"),

@@ -21,6 +21,7 @@ import math
 import os
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -270,7 +271,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows += found
         for row in found:
             print("  ".join(f"{key} {shown(value)}" for key, value in row.items()), flush=True)
-    record = {"command": "python -m benchmarks.scaling", "date": time.strftime("%Y-%m-%d"), **environment(), "rows": rows}
+    command = " ".join(["python -m benchmarks.scaling", *(sys.argv[1:] if arguments is None else arguments)])
+    record = {"command": command, "date": time.strftime("%Y-%m-%d"), **environment(), "rows": rows}
     write(args.output, record)
     return record
 

@@ -23,6 +23,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -298,7 +299,11 @@ def main() -> None:
         start = time.process_time()
         record[name] = PARTS[name](options.rounds, options.batch)
         print(name, json.dumps(record[name]), f"({time.process_time() - start:.0f} s)", flush=True)
-    settings = {"command": "python -m benchmarks.switches", "rounds": options.rounds, "batch": options.batch}
+    settings = {
+        "command": " ".join(["python -m benchmarks.switches", *sys.argv[1:]]),
+        "rounds": options.rounds,
+        "batch": options.batch,
+    }
     write(RECORD, {**settings, **environment(), **{key: record[key] for key in PARTS if key in record}})
 
 
