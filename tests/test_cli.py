@@ -143,10 +143,12 @@ def test_eval_and_sweep_measure_through_plain_diffusers(
     assert "did you mean 'accuracy'" in complaint(capsys, "eval", trained, "-q", "--metrics", "acuracy")
     assert "--number must be at least 1" in complaint(capsys, "eval", trained, "-q", "--number", "0")
     sweep = ["sweep", str(trained), "--teacher-steps", "2,1", "--output", str(tmp_path / "sweep"), *few]
+    sweep += ["--attention", "native_math"]
     assert main(sweep) == 0
     result = json.loads(capsys.readouterr().out)
     rows = [(row["role"], row["steps"]) for row in result["rows"]]
     assert rows == [("real", 0), ("teacher", 2), ("teacher", 1), ("student", 2)]
+    assert {row["protocol"]["attention"] for row in result["rows"][1:]} == {"_native_math"}
     assert "<html" in Path(result["report"]).read_text()
     with Image.open(result["figure"]) as figure:
         assert figure.size[0] > 100

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.cli.eval import add_protocol, names, protocol
+from fastgen.cli.eval import add_protocol, attend, names, protocol
+from fastgen.cli.kernels import add_attention
 from fastgen.cli.options import add_common, emit, say, writable
 from fastgen.cli.targets import add_run_options, export_run, is_export, is_run, open_run, plain_folder, steps_list, toy_guidance
 from fastgen.errors import UserError
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=scales, metavar="SCALE,SCALE", help="of the teacher, 1 = off; default: its pipeline's own, toy: 3"
     )
     add_protocol(parser)
+    add_attention(parser)
     add_run_options(parser)
     add_common(parser, "folder for results, pictures, report.html and tradeoff.png", required=True)
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         folder = plain_folder(base)
         candidates.insert(0, teacher(folder, guidance=args.guidance or toy_guidance(folder, None), **chosen))
     rows = sweep(
-        candidates, args.output, images=args.number, metrics=wanted, **asked,
+        candidates, args.output, images=args.number, metrics=wanted, prepare=lambda pipeline: attend(args, pipeline), **asked,
         progress=lambda what, done, total: say(args, f"{100 * done // total:3d} %  {what}"),
     )  # fmt: skip
     if not team.first:

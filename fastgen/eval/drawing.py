@@ -33,7 +33,7 @@ from fastgen.errors import UserError
 from fastgen.eval.candidates import Setting, Source
 from fastgen.eval.generate import generate, load_pipeline
 from fastgen.eval.pictures import words, write_pictures
-from fastgen.eval.protocol import sampling
+from fastgen.eval.protocol import attention, sampling
 from fastgen.eval.results import write_json
 from fastgen.pipelines.base import network_name
 from fastgen.samplers import SchedulerSpec
@@ -46,6 +46,7 @@ PATIENCE = timedelta(days=1)
 """How long a process waits for the others."""
 
 Features = Callable[[Tensor], dict[str, Tensor]]
+Prepare = Callable[[DiffusionPipeline], object]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def draw(
             images = generate(pipeline, prompts[part], seeds[part], batch=batch, **options)
             seconds = (time.perf_counter() - begin) / len(images)
             check(images)
+            about["attention"] = attention(pipeline)  # A kernel may be chosen at the first call.
             measured = {"seconds": seconds, "calls": (count() - calls) / len(images), "alone": turn < TIMED, "warm": turn > 0}
             asked = zip(prompts[part], seeds[part], strict=True)
             texts = [words(name, prompt, seed, about["sampler"]) for prompt, seed in asked]
@@ -208,14 +210,18 @@ def counted(pipeline: DiffusionPipeline) -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def loaded(source: Source, device: str, dtype: torch.dtype) -> Iterator[Callable[[], DiffusionPipeline]]:
-    """A function that loads the pipeline when it is first wanted; it is let go of at the end."""
+def loaded(
+    source: Source, device: str, dtype: torch.dtype, prepare: Prepare | None = None
+) -> Iterator[Callable[[], DiffusionPipeline]]:
+    """A function that loads the pipeline when it is first wanted, and calls `prepare` with it; it is let go of at the end."""
     kept: list[DiffusionPipeline] = []
 
     def load() -> DiffusionPipeline:
         if not kept:
             made = isinstance(source, DiffusionPipeline)
             kept.append(source if made else load_pipeline(source, dtype=dtype, device=device))
+            if prepare is not None:
+                prepare(kept[0])
         return kept[0]
 
     yield load

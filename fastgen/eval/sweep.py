@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen.data.toy.scenes import IMAGE_SIZE
 from fastgen.errors import UserError
 from fastgen.eval.candidates import TEACHER_STEPS, Candidate, Setting, Source, fingerprint, row_of, student, teacher
-from fastgen.eval.drawing import Processes, draw, finish, is_drawn, loaded, processes
+from fastgen.eval.drawing import Prepare, Processes, draw, finish, is_drawn, loaded, processes
 from fastgen.eval.evaluation import chosen_metrics, measure_images
 from fastgen.eval.features import Extraction
 from fastgen.eval.gathering import gather_parts, load_embedded, save_embedded
@@ -53,6 +53,7 @@ def sweep(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    prepare: Prepare | None = None,
 ) -> list[Row]:
     """Measure every candidate at every setting, and real images against real ones, at `images` images each.
 
@@ -61,8 +62,8 @@ def sweep(
     compared with; with at least twice as many real images as generated ones there is a floor. `metrics` names some of
     `fastgen.eval.metrics()` ("all": every one), by default the usual ones that there is evidence for. What the teacher draws at
     its most steps from the same noise is evidence for all other rows. Finished rows of an earlier sweep in `output` are kept
-    where weights, setting and teacher are the same, and finished batches of images always. Gives the rows asked for, the floor
-    first; none in a process that is not the first.
+    where weights, setting and teacher are the same, and finished batches of images always. `prepare` is called with every
+    pipeline before it draws. Gives the rows asked for, the floor first; none in a process that is not the first.
 
     Raises UserError for a bad argument, a folder that cannot be loaded, and an `output` with rows of another protocol.
     """
@@ -89,7 +90,7 @@ def sweep(
     best = _best_teacher([row for rows in plan for _, row in rows], results)
     features = _features(task, chosen)
     for candidate, settings in zip(ordered, plan, strict=True):
-        with loaded(candidate.source, device, dtype) as load:
+        with loaded(candidate.source, device, dtype, prepare) as load:
             for setting, row in sorted(settings, key=lambda each: -each[0].steps * (candidate.role == "teacher")):
                 folder = results.folder / row.images
                 if not is_drawn(folder):
