@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from benchmarks.fast_page import PAGE, ratios, write_page
 
 QUICK: dict[str, list[str]] = {
-    "step": ["--network", "transformer", "--rounds", "6"],
+    "step": ["--network", "transformer", "--rounds", "20"],
     "switches": [],
     "attention": [],
     "jvp": ["--rounds", "5"],

@@ -28,12 +28,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def made_by(found: Record, command: str = "") -> str:
+def made_by(found: Record) -> str:
     """Command, machine, versions and date, as far as a record has them."""
     machine = found.get("machine", {})
     processor = found.get("processor") or machine.get("processor") or machine.get("cpu", "")
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if name in ("torch", "diffusers"))
-    parts = [f"`{found.get('command') or command}`", processor, versions, found.get("date", "")]
+    parts = [f"`{found['command']}`", processor, versions, found.get("date", "")]
     return "; ".join(part for part in parts if part) + "."
 
 
@@ -206,7 +206,7 @@ def block(name: str, folder: Path) -> str:
     found = record(source, folder)
     if found is None:
         return f"{MISSING}\n"
-    return "\n".join([*make(found), "", made_by(found, f"python -m benchmarks.{source}")]) + "\n"
+    return "\n".join([*make(found), "", made_by(found)]) + "\n"
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:

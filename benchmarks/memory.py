@@ -140,8 +140,14 @@ def main() -> None:
 
 
 def write_record(rows: list[dict[str, Any]]) -> None:
+    """The record with these rows; those of other models, methods and roles stay, with the command that made them."""
+    command, names = " ".join(["python -m benchmarks.memory", *sys.argv[1:]]), ("model", "method", "role")
+    before = json.loads(RECORD.read_text()) if RECORD.is_file() else {"command": command, "runs": []}
+    measured = [[row[name] for name in names] for row in rows]
+    rows = [row for row in before["runs"] if [row[name] for name in names] not in measured] + rows
+    commands = before["command"].split("; ")
     record = {
-        "command": " ".join(["python -m benchmarks.memory", *sys.argv[1:]]),
+        "command": "; ".join(commands if command in commands else [*commands, command]),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in PACKAGES},
         "runs": rows,

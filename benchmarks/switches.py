@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from benchmarks.methods import ROOT, environment, write
 from fastgen import config
-from fastgen.config import SpeedConfig
 from fastgen.data.ahead import Ahead
 from fastgen.data.cache import Cache, pick
 from fastgen.data.source import Source
@@ -44,7 +43,8 @@ from fastgen.denoiser import Denoiser, Guided, features_of
 from fastgen.method import Batch, Method
 from fastgen.pipelines import Pipeline
 from fastgen.training.run import open_pipeline
-from fastgen.training.speed import compile_blocks, lay_out, switch
+from fastgen.training.sharding import reached
+from fastgen.training.speed import compile_blocks, lay_out
 
 RECORD = ROOT / "benchmarks" / "results" / "switches.json"
 METHODS = ("dmd2", "ladd", "sana_sprint")
@@ -130,7 +130,8 @@ def updates(name: str, rounds: int, batch: int) -> dict[str, Any]:
     seeds = {True: iter(range(10**6)), False: iter(range(10**6))}
 
     def update(partial: bool) -> Tensor:
-        switch(method, SpeedConfig(partial_passes=partial), print)
+        for denoiser in reached(method)[0]:
+            denoiser.partial = partial
         return turns(method, data, next(seeds[partial]))
 
     found: dict[str, Any] = in_turns({"on": lambda: update(True), "off": lambda: update(False)}, rounds)
