@@ -125,16 +125,16 @@ def fastest(seconds: Mapping[str, float]) -> str:
     if not seconds:
         return FALLBACK
     best = min(seconds, key=lambda name: (seconds[name], name))
-    return best if seconds[best] < WORTH * seconds.get(FALLBACK, float("inf")) else FALLBACK
+    return best if seconds[best] < WORTH * seconds[FALLBACK] else FALLBACK
 
 
 def _ratio(name: str, seconds: Mapping[str, float]) -> str:
-    if name != FALLBACK and FALLBACK in seconds:
+    if name != FALLBACK:
         return f", {seconds[FALLBACK] / seconds[name]:.2f} times as fast as torch's own choice,"
     others = [each for each in seconds if each != FALLBACK]
     if not seconds:
         return ", torch's own choice, as none could be timed,"
-    if not others or FALLBACK not in seconds:
+    if not others:
         return ", the only one that can serve,"
     nearest = min(others, key=lambda each: seconds[each])
     return f", torch's own choice, {seconds[nearest] / seconds[FALLBACK]:.2f} times as fast as {nearest}, the next,"
@@ -229,8 +229,8 @@ def read(cache: Path | None, made_with: Mapping[str, Any]) -> Measured | None:
         left_out = {str(name): str(reason) for name, reason in kept["left-out"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    sound = seconds and all(name in made_with["kernels"] and 0 < number < math.inf for name, number in seconds.items())
-    return Measured(seconds, left_out) if sound else None
+    sound = all(name in made_with["kernels"] and 0 < number < math.inf for name, number in seconds.items())
+    return Measured(seconds, left_out) if sound and FALLBACK in seconds else None
 
 
 def write(cache: Path | None, made_with: Mapping[str, Any], measured: Measured) -> None:

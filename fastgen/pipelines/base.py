@@ -101,7 +101,7 @@ class Pipeline:
         self.latent_shape, self.embeds_guidance = self.form.latent_shape, self.form.embeds_guidance
         self.default_guidance = self._default_guidance()
         self.feature_layers, self.lora_targets = feature_layers(self.network), lora_targets(self.network)
-        self.partial_passes = self.batched_guidance = True
+        self.partial_passes = self.batched_guidance = True  # of every denoiser made from now on: `Denoiser.partial`, and so on
         self._host: AdapterHost | None = None
         self._nulls: dict[tuple[int | None, int | None], Condition] = {}
         if gradient_checkpointing:
