@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.errors import UserError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 Init = Literal["default", "gaussian"]
 """How the first factor starts: uniformly as a linear layer's weights do, or normally. The second is zero at first."""
@@ -87,6 +88,9 @@ class AdapterHost:
 
     def add(self, role: str, options: LoraOptions, targets: Sequence[str]) -> Adapter:
         """A new adapter that changes nothing yet. Raises UserError when no layer's name ends in one of `targets`."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         key = f"{role}_{self._adapters}".replace(".", "_")
         self._adapters += 1
         options = options.for_role(role)
@@ -148,6 +152,8 @@ def without_adapters(network: nn.Module) -> nn.Module:
             f"the base network is quantised to {quantized[0]}, and its weights can be neither trained nor written; "
             'load it with quantize = "none"'
         )
+    from peft.tuners.lora import LoraLayer
+
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
             network.set_submodule(name, module.get_base_layer())

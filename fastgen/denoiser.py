@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastgen.condition import Condition, EndInput, Nest, map_tensors, pad_alike
 from fastgen.errors import UserError
@@ -30,6 +29,7 @@ __all__ = [
     "guide",
     "map_tensors",
     "pad_alike",
+    "sharded",
 ]
 
 
@@ -62,6 +62,13 @@ Guide = Callable[[Tensor, Tensor, "float | Tensor"], Tensor]
 
 Groups = Callable[[Condition], list[Tensor]]
 """Which samples of a batch may share a call of the network: their indices, group by group."""
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has cut a module's weights over the processes."""
+    from torch.distributed.fsdp import FSDPModule  # takes seconds to import
+
+    return isinstance(module, FSDPModule)
 
 
 def features_of(
@@ -177,7 +184,7 @@ class Denoiser(nn.Module):
             parts = self._in_groups(self.only_features, groups, xt, t, condition, guidance, features, end)
             return _joined(features, parts, torch.cat(groups).argsort())
         stop = self.layer_calls.get(tuple(features), 0)
-        if self.partial and stop and not isinstance(self.network, FSDPModule):
+        if self.partial and stop and not sharded(self.network):
             return self._run(xt, t, condition, guidance, features, end, stop)[1]
         whole: Prediction = self(xt, t, condition, guidance=guidance, features=features, end=end)
         return whole.features or {}

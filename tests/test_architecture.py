@@ -130,7 +130,14 @@ def test_the_links_at_the_root_are_for_browsing_only(name: str) -> None:
     assert done.returncode == 1 and "ImportError" in done.stderr and f"fastgen.{name}" in done.stderr.splitlines()[-1]
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import sys, fastgen.cli, fastgen.config; print([each for each in ('torch', 'diffusers') if each in sys.modules])"
+@pytest.mark.parametrize(
+    ("imported", "heavy"),
+    [
+        ("fastgen.cli, fastgen.config", "torch, diffusers"),
+        ("fastgen.methods, fastgen.pipelines", "diffusers, peft, transformers"),
+    ],
+)
+def test_imports_load_nothing_heavy(imported: str, heavy: str) -> None:
+    code = f"import sys, {imported}; print([each for each in '{heavy}'.split(', ') if each in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

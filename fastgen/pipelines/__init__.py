@@ -1,4 +1,8 @@
-"""One abstraction over every diffusers pipeline: prompts to conditions, images to latents, networks to denoisers."""
+"""One abstraction over every diffusers pipeline: prompts to conditions, images to latents, networks to denoisers.
+
+diffusers and peft take seconds to import. They are imported where they are used, so that a config is read, and a mistake in it
+told, without that wait.
+"""
 
 from __future__ import annotations
 

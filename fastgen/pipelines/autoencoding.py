@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import VQModel
 from torch import Tensor, nn
 
 NAMES = ("vae", "movq", "vqvae", "vqgan")
@@ -38,6 +37,8 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
 
 def decode_latents(vae: Any, raw: Tensor) -> Tensor:
     """Images [B, 3, H, W] of an autoencoder's own latents; videos are [B, 3, frames, H, W]."""
+    from diffusers import VQModel
+
     exact = UNQUANTISED if isinstance(vae, VQModel) else {}
     image: Tensor = vae.decode(raw, return_dict=False, **exact)[0]
     image = image.squeeze(2) if image.ndim == 5 else image

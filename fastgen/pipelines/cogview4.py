@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from torch import Tensor
 
 from fastgen.pipelines.base import Pipeline
@@ -23,6 +22,8 @@ class CogView4(Pipeline):
         return super().network_time(t / (t + shift * (1 - t)))
 
     def _shift(self) -> float:
+        from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+
         diffusers: Any = self.diffusers
         config = diffusers.scheduler.config
         if not config.use_dynamic_shifting:

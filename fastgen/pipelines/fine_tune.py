@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -70,6 +68,9 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 def from_original(file: Path, network: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a file in the layout of the model's first release, through diffusers' own converter."""
+    from accelerate import init_empty_weights
+    from diffusers.utils import logging
+
     kind = type(network)
     if not hasattr(kind, "from_single_file"):
         check_fit(file, network, weights)

@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from fastgen.errors import UserError
 from fastgen.pipelines import mean_velocity_file
 
@@ -96,6 +94,8 @@ def own_class(folder: Path, *, as_teacher: bool = True) -> Any:
 
 def is_stock(name: str) -> bool:
     """Whether diffusers has a pipeline class of this name."""
+    import diffusers
+
     found = getattr(diffusers, name, None)
     return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 

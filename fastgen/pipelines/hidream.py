@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import Tensor, nn
 
 from fastgen.denoiser import Condition
@@ -20,6 +19,8 @@ class HiDream(Pipeline):
     handles: ClassVar[tuple[str, ...]] = ("HiDreamImagePipeline",)
 
     def call(self, network: nn.Module, xt: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None = None) -> Tensor:
+        from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+
         network.training = False  # not that of its parts
         for module in network.modules():
             if isinstance(module, MOEFeedForwardSwiGLU):

@@ -14,10 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers.models.embeddings import PatchEmbed
-from diffusers.utils import logging
 from safetensors import SafetensorError
 
 from fastgen.adapters import LoraOptions
@@ -69,6 +66,8 @@ def load_pipeline(
     (see `fastgen.pipelines.quantization`), `offload` keeps text encoders and autoencoder in the CPU's memory (see
     `fastgen.pipelines.offloading`). Raises UserError for whatever cannot be loaded.
     """
+    import diffusers
+
     source = _folder(path)
     builder = _builder.get()
     if quantize != "none":
@@ -152,6 +151,8 @@ def check_index(folder: Path, *, as_teacher: bool = True) -> dict[str, Any]:
 
     Raises UserError where it is not a whole pipeline of a stock class.
     """
+    import diffusers
+
     file = folder / "model_index.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json")
@@ -190,6 +191,8 @@ def _needed(kind: Any) -> list[str]:
 
 def check_size(path: str, network: Any, pipeline: Any, height: int | None, width: int | None) -> None:
     """Raise UserError for a size beyond the places that a network has learned, as SD3's has a fixed number."""
+    from diffusers.models.embeddings import PatchEmbed
+
     embedding, factor = getattr(network, "pos_embed", None), getattr(pipeline, "vae_scale_factor", 8)
     if not isinstance(embedding, PatchEmbed) or not embedding.pos_embed_max_size:
         return
@@ -263,6 +266,8 @@ def fuse_lora(pipeline: Any, file: str) -> None:
 @contextmanager
 def _silence() -> Iterator[None]:
     """No log lines from diffusers: what goes wrong within is told in our own sentence."""
+    from diffusers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
@@ -30,6 +29,8 @@ def offload_components(pipeline: Any, network: nn.Module, device: torch.device |
 
     A component refuses, with a UserError, inputs whose gradients are wanted.
     """
+    from diffusers.hooks import apply_group_offloading
+
     for name, component in offloaded_components(pipeline, network).items():
         component.to("cpu")
         apply_group_offloading(component, onload_device=torch.device(device), offload_type="leaf_level")

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from fastgen.denoiser import map_tensors
 from fastgen.errors import UserError
@@ -82,6 +78,8 @@ def record(
     index = after
     calls: list[dict[str, Any]] = []
     outputs: list[Any] = []
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
     reached: dict[str, Any] = {}
     forward, step = network.forward, pipeline.scheduler.step
     signature = inspect.signature(forward)
@@ -194,6 +192,8 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet(pipeline: Any) -> Iterator[None]:
+    from diffusers import DiffusionPipeline
+
     stages = [pipeline, *(part for part in vars(pipeline).values() if isinstance(part, DiffusionPipeline))]
     before = [getattr(stage, "_progress_bar_config", {}) for stage in stages]
     for stage, settings in zip(stages, before, strict=True):
@@ -208,6 +208,9 @@ def _quiet(pipeline: Any) -> Iterator[None]:
 @contextmanager
 def silent() -> Iterator[None]:
     """Probing is no user's doing, so nobody is warned of the odd prompts it takes."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     levels = [(each, each.get_verbosity()) for each in (diffusers_logging, transformers_logging)]
     for library, _ in levels:
         library.set_verbosity_error()

@@ -14,11 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastgen.denoiser import Denoiser, Predicts
+from fastgen.denoiser import Denoiser, Predicts, sharded
 from fastgen.errors import UserError
 from fastgen.losses import wide
 from fastgen.tangents.forward import Duals
@@ -140,13 +139,13 @@ def _alike(network: nn.Module | None) -> bool:
 
     def differs(module: nn.Module) -> bool:
         drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
-        return drops or isinstance(module, FSDPModule) or bool(vars(module).get("gradient_checkpointing"))
+        return drops or sharded(module) or bool(vars(module).get("gradient_checkpointing"))
 
     return network is None or not any(differs(module) for module in network.modules())
 
 
 def _sharded(network: nn.Module | None) -> bool:
-    return network is not None and any(isinstance(module, FSDPModule) for module in network.modules())
+    return network is not None and any(map(sharded, network.modules()))
 
 
 def network_of(denoiser: Predicts) -> nn.Module | None:
