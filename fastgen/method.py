@@ -62,6 +62,10 @@ class Method(ABC):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts"})
 
+    def reason(self, need: Need) -> str:
+        """Which of its options makes a method need that, and how to do without; empty where it always does."""
+        return ""
+
     @abstractmethod
     def setup(self, pipeline: Pipeline) -> None:
         """Build the networks. Raises UserError for options that this pipeline cannot serve."""

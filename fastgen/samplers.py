@@ -163,7 +163,7 @@ class FewStep(Sampler):
             config |= {"final_sigmas_type": "zero"} | OWN_SIGMAS
             return SchedulerSpec("EulerDiscreteScheduler", config, self._call({"timesteps": timesteps}))
         original = _original_steps(table, timesteps)
-        config |= {"original_inference_steps": original or min(50, table), "timestep_scaling": 10.0}
+        config |= {"original_inference_steps": original or min(50, table), "timestep_scaling": TIMESTEP_SCALING}
         call: dict[str, Any] = {"num_inference_steps": steps} if original else {"timesteps": timesteps}
         if self.gamma < 1:
             return SchedulerSpec("TCDScheduler", config, self._call(call | {"eta": self.gamma}))
@@ -210,6 +210,9 @@ class MeanVelocity(FewStep):
 
 PREDICTION_TYPES: dict[Kind, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 """What diffusers' schedulers for a table call the kinds of output."""
+
+TIMESTEP_SCALING = 10.0
+"""How fast the skip to the input fades in latent consistency models: the default of diffusers' LCMScheduler."""
 
 OWN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 """Keeps a scheduler from replacing the levels that it is given."""

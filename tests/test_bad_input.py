@@ -40,11 +40,11 @@ threads = 1
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, prompts, and two recipes: one that learns from prompts, one from pictures."""
+    """A teacher, prompts, and recipes for methods that learn from prompts, from pictures, from either."""
     folder = tmp_path_factory.mktemp("bad-input")
     tiny.toy().save_pretrained(folder / "teacher")
     (folder / "prompts.txt").write_text("a red cube\na blue ring\n")
-    for method, options in (("dmd2", "gan_weight = 0.0\n"), ("lcm", "")):
+    for method, options in (("dmd2", "gan_weight = 0.0\n"), ("lcm", ""), ("ladd", "")):
         text = RUN.format(teacher=folder / "teacher", method=method, folder=folder)
         (folder / f"{method}.toml").write_text(text.replace("[data]", f"{options}[data]"))
     return folder
@@ -204,6 +204,8 @@ def test_pictures_that_are_none(tmp_path: Path, wrong: Callable[..., str]) -> No
     folder.mkdir()
     here = f"data.images={folder}"
     assert "data.images is missing; this method needs a folder of pictures" in wrong(method="lcm")
+    assert "(method.gan_weight = 0.005 shows a critic real pictures; 0 does without)" in wrong("method.gan_weight=0.005")
+    assert "(method.real = \"images\" asks for them;" in wrong("method.real=\"images\"", method="ladd")
     assert "holds no pictures" in wrong(here, method="lcm")
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     assert "a.png: has no caption; it must be in a.txt beside it" in wrong(here, method="lcm")

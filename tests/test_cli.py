@@ -170,6 +170,7 @@ def test_methods_are_listed_and_one_explained(tmp_path: Path, config: Path, caps
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(f"{name} ") for line in lines) for name in listed)
+    assert next(line for line in lines if line.startswith("dmd2 ")).endswith("images, prompts teacher, student, fake_score")
 
 
 def test_pipelines_tells_what_it_sees(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from fastgen.analytic import Exact, Gaussian, Mixture
 from fastgen.errors import UserError
 from fastgen.methods.lcm import LCM
 from fastgen.process import Kind
-from fastgen.samplers import FewStep, even_times
+from fastgen.samplers import TIMESTEP_SCALING, FewStep, even_times
 from tests.method_fakes import KINDS, LABELS, PROCESSES, TABLE, FakePipeline, batches, learn_teacher, train, wasserstein
 
 OFF = {"guidance_low": 1.0, "guidance_high": 1.0}
@@ -127,7 +127,7 @@ def test_calls_fall_on_the_solver_grid() -> None:
     assert method.sampler().times == (1.0, 0.76, 0.5, 0.26)
     spec = method.sampler().scheduler(TABLE, "eps")
     assert spec.class_name == "LCMScheduler" and spec.call == {"num_inference_steps": 4, "guidance_scale": 1.0}
-    assert spec.config["timestep_scaling"] == method.timestep_scaling and spec.config["original_inference_steps"] == 50
+    assert spec.config["timestep_scaling"] == TIMESTEP_SCALING and spec.config["original_inference_steps"] == 50
     with pytest.raises(UserError, match="1 to 8 steps, not 9"):
         method.sampler(9)
 

@@ -34,10 +34,12 @@ def test_the_papers_settings() -> None:
 
 
 @pytest.mark.parametrize("random", [False, True])
-def test_the_gradient_by_hand(random: bool) -> None:
+@pytest.mark.parametrize("fake_guidance", [None, 1.0, 2.0])
+def test_the_gradient_by_hand(random: bool, fake_guidance: float | None) -> None:
     """sigma^2 (E_T - E_F), both guided, against the authors' code with the table's own numbers."""
     pipeline = FakePipeline(TABLE, (3,), "eps")
-    method = ready(pipeline, Snoopi) if random else ready(pipeline, SwiftBrush, guidance=4.5)
+    kind_of, options = (Snoopi, {}) if random else (SwiftBrush, {"guidance": 4.5})
+    method = ready(pipeline, kind_of, fake_guidance=fake_guidance, **options)
     nn.init.normal_(method.critic.fake.network.leave.bias)
     batch = next(batches(pipeline, 16))
     torch.manual_seed(7)
@@ -56,7 +58,7 @@ def test_the_gradient_by_hand(random: bool) -> None:
         guided = []
         for network in (pipeline.base, fake_network):
             yes, no = network(xt, t, mask, None), network(xt, t, null, None)
-            guided.append(no + scale * (yes - no))
+            guided.append(no + (scale if network is pipeline.base else fake_guidance or scale) * (yes - no))
         target = x - s**2 * (guided[0] - guided[1])
     (expected,) = torch.autograd.grad(0.5 * nn.functional.mse_loss(x, target), [method.student.network.leave.bias])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -110,6 +112,15 @@ def test_the_fake_score_learns_some_without_their_prompts() -> None:
     assert found == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
+def test_a_fake_score_that_is_not_guided_needs_no_unconditional_case() -> None:
+    pipeline = FakePipeline(TABLE, (3,), "eps")
+    batch, losses = next(batches(pipeline, 64)), []
+    for options in ({"drop": 0.0}, {"drop": 1.0, "fake_guidance": 1.0}):
+        torch.manual_seed(1)
+        losses.append(float(ready(pipeline, **options).fake_loss(batch)["score"].detach()))
+    assert losses[0] == losses[1]
+
+
 def test_random_guidance_is_drawn_for_each_sample() -> None:
     scales = ready(FakePipeline(TABLE, (3,)), Snoopi).scales(4000)
     assert scales is not None and scales.shape == (4000,)
@@ -131,6 +142,8 @@ def test_contradictions_are_named(options: dict[str, Any], message: str) -> None
 def test_networks_that_embed_guidance_are_told_the_drawn_scale() -> None:
     pipeline = FakePipeline(TABLE, (3,), embeds_guidance=True, default_guidance=3.5)
     method, batch, told = ready(pipeline, Snoopi), next(batches(pipeline, 64)), {}
+    with pytest.raises(UserError, match="fake_guidance = 1 is of no use where networks are told their guidance"):
+        ready(pipeline, Snoopi, fake_guidance=1.0)
     for name, network in [
         ("teacher", pipeline.base),
         ("fake", method.critic.fake.network),

@@ -19,7 +19,7 @@ from fastgen.pipelines.tiny import builders
 from fastgen.process import Trig
 from fastgen.tangents import Way, answer_and_derivative, derivative, network_of, plain_attention
 from tests.method_fakes import PROCESSES, FakePipeline
-from tests.tiny_models import PROMPTS, flux, sd3, sd15
+from tests.tiny_models import PROMPTS, flux, sd3, sd15, toy
 
 WAYS: tuple[Way, ...] = ("central", "semi")
 
@@ -199,14 +199,18 @@ def test_a_chosen_kernel_is_left_for_plain_products_and_taken_up_again() -> None
         network.reset_attention_backend()
 
 
-def test_differences_of_half_precision_are_refused() -> None:
-    pipeline = FakePipeline(PROCESSES["flow"], (3,))
-    pipeline.base.to(torch.bfloat16)
-    denoiser, condition = pipeline.frozen(), pipeline.encode_prompts(["0"])
-    x, t = torch.randn(1, 3), torch.tensor([0.5])
-    for way in WAYS:
-        with pytest.raises(UserError, match=f"'{way}' .* needs float32 weights, not torch.bfloat16"):
-            derivative(as_v(denoiser, condition), denoiser, x, t, x, way=way)
+@pytest.mark.parametrize("way", WAYS)
+def test_fine_differences_of_half_precision_are_refused(way: Any) -> None:
+    """Coarse ones show through its rounding."""
+    pipeline = Pipeline.wrap(toy())
+    denoiser, condition = pipeline.frozen(), pipeline.encode_prompts(["a red cube"] * 4)
+    function, x, t = as_v(denoiser, condition), torch.randn(4, *pipeline.latent_shape), torch.full((4,), 0.5)
+    whole = derivative(function, denoiser, x, t, x, way=way, step=0.02)
+    denoiser.network.to(torch.bfloat16)
+    coarse = derivative(function, denoiser, x, t, x, way=way, step=0.02)
+    assert 0 < (coarse - whole).norm() < 0.25 * whole.norm()
+    with pytest.raises(UserError, match=f"'{way}' .* at a step of 0.001 needs float32 weights, not torch.bfloat16"):
+        derivative(function, denoiser, x, t, x, way=way)
 
 
 def test_the_network_is_found_through_wrappers() -> None:

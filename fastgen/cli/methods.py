@@ -13,6 +13,8 @@ from typing import Any
 
 from fastgen.cli.options import add_common, emit
 
+CALLS = "network calls with gradient + without, by the method's toy recipe"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", nargs="?", help="explain this one, with a starter config")
@@ -29,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     about = explained(args.method, find(args.method))
     comment = "".join(f"# {line}".rstrip() + "\n" for line in about["documentation"].splitlines())
     facts = {"needs": ", ".join(about["needs"]), "networks": ", ".join(about["roles"]), "steps": spans(about["steps"])}
+    facts["calls"] = f"{calls(about)} an update ({CALLS})" if about["calls"] else ""
     told = "".join(f"# {key}: {value}\n" for key, value in facts.items() if value)
     emit(args, about, f"{comment}#\n{told}\n{about['config']}", args.output)
     return 0
@@ -60,15 +63,20 @@ def costs() -> dict[str, Any]:
 def listing(rows: Sequence[dict[str, Any]]) -> str:
     """The methods by family, as text."""
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'':<{width}}  {'steps':<9} {'calls':<11} needs"]
+    lines = [f"{'':<{width}}  {'steps':<9} {'calls':<11} {'needs':<15} networks"]
     for family in dict.fromkeys(sorted(row["family"] for row in rows)):
         lines += ["", family or "others"]
         for row in (row for row in rows if row["family"] == family):
-            calls = f"{row['calls']['trained']:g} + {row['calls']['forward']:g}" if row["calls"] else ""
-            lines.append(f"{row['name']:<{width}}  {spans(row['steps']):<9} {calls:<11} {', '.join(row['needs'])}")
+            needs, networks = ", ".join(row["needs"]), ", ".join(row["roles"])
+            lines.append(f"{row['name']:<{width}}  {spans(row['steps']):<9} {calls(row):<11} {needs:<15} {networks}".rstrip())
             lines.append(f"{'':<{width}}  {row['summary']}")
-    lines += ["", "calls: network calls for an update of the student, with gradient + without, by the method's toy recipe"]
+    lines += ["", f"calls: for an update of the student, {CALLS}"]
     return "\n".join(lines)
+
+
+def calls(row: dict[str, Any]) -> str:
+    """Such as "3 + 4"."""
+    return f"{row['calls']['trained']:g} + {row['calls']['forward']:g}" if row["calls"] else ""
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from fastgen.errors import UserError
 from fastgen.losses import contrast, nonsaturating_student, record_scores
-from fastgen.method import Batch, Loss
+from fastgen.method import Batch, Loss, Need
 from fastgen.methods.dmd2 import DMD2
 from fastgen.pipelines.base import Pipeline
 
@@ -60,6 +60,9 @@ class FDistill(DMD2):
             raise UserError("gan_weight = 0 leaves f_distill without its discriminator, which knows the ratio; use dmd2")
         if self.ratio_low >= self.ratio_high:
             raise UserError(f"ratio_low = {self.ratio_low:g} must be below ratio_high = {self.ratio_high:g}")
+
+    def reason(self, need: Need) -> str:
+        return ""
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Condition, Predicts
 from fastgen.families.consistency import Consistency
+from fastgen.samplers import TIMESTEP_SCALING
 
 SIGMA_DATA = 0.5
 
@@ -21,7 +22,7 @@ class LCM(Consistency):
     input of the student (a full network; the scale is then chosen when sampling); without, the range is averaged into the
     student, as in LCM-LoRA.
 
-    The consistency function is c_skip x + c_out x0 with tau = timestep_scaling * 1000 t (equation 9). It only matters at t
+    The consistency function is c_skip x + c_out x0 with tau = 10 * 1000 t (equation 9). It only matters at t
     = 0, where it hands back its input: from the first solver point on (tau = 200) c_skip is below 1e-5 and c_out above 1 -
     1e-5, so the sampler, which takes x0, and diffusers' LCMScheduler, which applies the skip with the same scaling, agree.
 
@@ -33,7 +34,6 @@ class LCM(Consistency):
     gamma: float = field(
         default=1.0, metadata={"help": "share of noise renewed between calls in sampling, 0 to 1", "at_least": 0, "at_most": 1}
     )
-    timestep_scaling: float = field(default=10.0, metadata={"help": "how fast the skip to the input fades", "above": 0})
 
     @property
     def renewal(self) -> float:
@@ -48,5 +48,5 @@ class LCM(Consistency):
     def consistency(self, network: Predicts, x: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
         """c_skip x + c_out x0 (LCM, equation 9); `scale` [B] is told to a network that embeds it."""
         x0 = network(x, t, condition, guidance=scale if network.embeds_guidance else None).x0
-        tau = (self.timestep_scaling * 1000 * t).view(-1, *[1] * (x.ndim - 1))
+        tau = (TIMESTEP_SCALING * 1000 * t).view(-1, *[1] * (x.ndim - 1))
         return SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2) * x + tau / (tau**2 + SIGMA_DATA**2).sqrt() * x0

@@ -32,7 +32,8 @@ class RCM(ContinuousConsistency):
     Differences from the authors' code: guidance is in the convention where 1 is off (theirs, 5, plus 1); the fake score moves
     in every update from the first, and distribution matching begins at once, not after the warm-up; the number of calls is
     drawn, not counted; losses are means, not sums, so that `dmd_weight` 1 there is the root of the number of latents over 50
-    here, 10 for 16 x 128 x 128; the derivative of the network is taken in its own precision.
+    here, 10 for 16 x 128 x 128; the tangent's norm, to which `normaliser` is added, is a root mean square, theirs
+    the root of a sum; the derivative of the network is taken in its own precision.
     """
 
     steps: int = field(default=4, metadata={"help": "network calls a sample, 1 to 8"})
@@ -57,6 +58,9 @@ class RCM(ContinuousConsistency):
         for name in ("most_calls", "student_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if len(set(self.guidance_scales)) > 1:
+            scales = f"guidance_scales = {list(self.guidance_scales)}"
+            raise UserError(f"{scales} would be drawn, and rcm's fake score is not told a sample's scale; give one")
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

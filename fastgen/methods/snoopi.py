@@ -15,9 +15,9 @@ from fastgen.methods.swiftbrush import SwiftBrush
 class Snoopi(SwiftBrush):
     """SNOOPI: SwiftBrush with proper guidance, PG-SB (Nguyen et al. 2024).
 
-    Teacher and fake score are guided by one scale drawn for every sample, which keeps teachers other than SD 2.1 from
-    collapsing: 0.5 to 4 for the Stable Diffusions, 0.5 to 3 for PixArt-alpha. Its negative prompts (NASA) take no
-    training: `fastgen sample --negative-prompt`, `fastgen.pipelines.negative`.
+    Teacher and, unless `fake_guidance` is set, fake score are guided by one scale drawn for every sample, which keeps
+    teachers other than SD 2.1 from collapsing: 0.5 to 4 for the Stable Diffusions, 0.5 to 3 for PixArt-alpha. Its negative
+    prompts (NASA) take no training: `fastgen sample --negative-prompt`, `fastgen.pipelines.negative`.
 
     A network that embeds its guidance is told the drawn scale, teacher and fake score alike, and the student its usual one.
     Differences from the paper: those of SwiftBrush; the additions of SwiftBrush v2 that it starts from (a CLIP reward,
@@ -28,8 +28,8 @@ class Snoopi(SwiftBrush):
         default=None,
         metadata={"help": "not to be set: the guidance is drawn between the two scales that follow", "at_least": 1},
     )
-    guidance_low: float = field(default=0.5, metadata={"help": "least guidance of teacher and fake score", "at_least": 0})
-    guidance_high: float = field(default=4.0, metadata={"help": "greatest guidance of teacher and fake score"})
+    guidance_low: float = field(default=0.5, metadata={"help": "least guidance", "at_least": 0})
+    guidance_high: float = field(default=4.0, metadata={"help": "greatest guidance"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

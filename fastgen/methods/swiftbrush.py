@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen.denoiser import Guided, Predicts
+from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
 from fastgen.losses import denoising, pull, uniform_times
 from fastgen.method import Batch, Loss
@@ -20,7 +21,9 @@ class SwiftBrush(ScoreDistillation):
 
     The student follows sigma_t^2 (E_T - E_F), the difference of the noise that teacher and fake score see in its noised
     samples, both guided alike. The fake score, which has to know the unconditional case for that, learns with a tenth of
-    its prompts dropped.
+    its prompts dropped. A student that has come to the unguided teacher's distribution is then pulled no more, whatever the
+    scale: guidance of the fake score takes the teacher's away again. With `fake_guidance = 1`, as in variational score
+    distillation at first (Wang et al. 2023), the student comes to the guided teacher's.
 
     Their guidance is 4.5 on SD 2.1. They train the whole student at a rate of 1e-6 and a LoRA of rank 64 as fake score at
     1e-3: `fake_lr_scale = 1000` goes with `roles.fake_score = "lora"` and `roles.student = "full"` alone. Differences from
@@ -31,7 +34,10 @@ class SwiftBrush(ScoreDistillation):
     steps: int = field(default=1, metadata={"help": "network calls a sample, evenly spaced in time"})
     guidance: float | None = field(
         default=None,
-        metadata={"help": "guidance of teacher and fake score alike, 1 = off; none: the pipeline's own", "at_least": 1},
+        metadata={"help": "guidance of the teacher, 1 = off; none: the pipeline's own", "at_least": 1},
+    )
+    fake_guidance: float | None = field(
+        default=None, metadata={"help": "guidance of the fake score, 1 = off; none: the teacher's", "at_least": 1}
     )
     high: float = field(default=0.981, metadata={"help": "greatest time at which the scores are compared"})
     drop: float = field(
@@ -41,10 +47,15 @@ class SwiftBrush(ScoreDistillation):
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
         guidance = pipeline.default_guidance if self.guidance is None else self.guidance
-        self.guided_fake: Predicts = Guided(self.critic.fake, guidance)
+        if self.fake_guidance is not None and self.critic.fake.embeds_guidance:
+            raise UserError(
+                f"fake_guidance = {self.fake_guidance:g} is of no use where networks are told their guidance, as here: the "
+                "fake score learns at the teacher's; drop it"
+            )
+        self.guided_fake: Predicts = Guided(self.critic.fake, self.fake_guidance or guidance)
 
     def scales(self, count: int) -> Tensor | None:
-        """The guidance of teacher and fake score for each of `count` samples; None is the one of the options."""
+        """The guidance of each of `count` samples; None is the one of the options."""
         return None
 
     def fake_loss(self, batch: Batch) -> Loss:
@@ -52,7 +63,7 @@ class SwiftBrush(ScoreDistillation):
             x = self.generate(batch)
         t = uniform_times(self.process, len(x), shift=self.noise_shift, device=x.device)
         condition = batch.condition
-        if self.drop:
+        if self.drop and self.fake_guidance != 1:  # else nobody asks for the unconditional case
             condition = condition.dropout(torch.rand(len(x), device=x.device) < self.drop)
         alpha, _ = self.process.coefficients(t, x)
         scales = self.scales(len(x)) if self.critic.fake.embeds_guidance else None
@@ -65,6 +76,6 @@ class SwiftBrush(ScoreDistillation):
             t = self.score_times(len(x))
             xt, scales = self.process.add_noise(x, torch.randn_like(x), t), self.scales(len(x))
             real = self.teacher(xt, t, batch.condition, guidance=scales).eps
-            fake = self.guided_fake(xt, t, batch.condition, guidance=scales).eps
+            fake = self.guided_fake(xt, t, batch.condition, guidance=scales if self.fake_guidance is None else None).eps
             _, sigma = self.process.coefficients(t, x)
         return {"vsd": pull(x, sigma.square() * (real - fake))}
