@@ -75,9 +75,10 @@ class Method(ABC):
         """Who learns what, in the order they move within an update."""
 
     @property
-    @abstractmethod
     def trained(self) -> Denoiser:
-        """The student: what is sampled, averaged and exported."""
+        """What is sampled, averaged and exported: `student`, as `setup` has made it, unless a method has another."""
+        student: Denoiser = self.student  # type: ignore[attr-defined]
+        return student
 
     @abstractmethod
     def sampler(self, steps: int | None = None) -> Sampler:

@@ -211,6 +211,19 @@ class MeanVelocity(FewStep):
 PREDICTION_TYPES: dict[Kind, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 """What diffusers' schedulers for a table call the kinds of output."""
 
+
+def fewer_calls(trained: int, steps: int | None) -> int:
+    """The number of a student's `trained` calls that are made for `steps`, evenly; None: all.
+
+    Raises UserError where that is not every so many of them.
+    """
+    steps = trained if steps is None else steps
+    if steps < 1 or trained % steps:
+        fit = [count for count in range(1, trained + 1) if trained % count == 0]
+        raise UserError(f"this student was trained for {', '.join(map(str, fit))} steps, not for {steps}")
+    return steps
+
+
 TIMESTEP_SCALING = 10.0
 """How fast the skip to the input fades in latent consistency models: the default of diffusers' LCMScheduler."""
 

@@ -161,6 +161,44 @@ def test_the_gan_is_least_squares_on_the_frozen_teachers_features() -> None:
     assert pull.abs().max() > 0 and len(xt) == 12
 
 
+def test_the_gan_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of a call on noise at one of the timesteps 10, 250, 500 and 750 of the table: half the squares of sigmoid - 1 on
+    data and of sigmoid on samples, and in the student's turn, with its gradient, the stage's weight times (sigmoid - 1)^2."""
+    pipeline = FakePipeline(TABLE, (3, 4, 4), "eps")
+    method, batch = ready(pipeline), next(batches(pipeline, 16))
+    nn.init.normal_(method.student.network.leave.bias, 0, 0.1)
+    monkeypatch.setattr(flash, "shared_choice", lambda count, device, weights: 0)
+    monkeypatch.setattr(method, "target", lambda xt, position, condition: xt)
+    method.stage, method.matching_weights = 2, (0.0,) * 4
+    bars = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    places = torch.tensor([10, 250, 500, 750])
+
+    def made() -> Tensor:
+        start, a, s = torch.randn(16, 3, 4, 4), float(bars[-1]) ** 0.5, float(1 - bars[-1]) ** 0.5
+        return (start - s * method.student.network(start, torch.ones(16), batch.condition.inputs["components"], None)) / a
+
+    def judged(*samples: Tensor) -> list[Tensor]:
+        place = places[torch.randint(4, (16,))]
+        a, s = (each.sqrt().float().view(-1, 1, 1, 1) for each in (bars[place], 1 - bars[place]))
+        eps, t, asked = torch.randn(16, 3, 4, 4), (place + 1) / 1000, {"features": ("middle",)}
+        seen = [pipeline.frozen()(a * x + s * eps, t, batch.condition, **asked).features["middle"] for x in samples]
+        return [method.critic.heads([each]).sigmoid() for each in seen]
+
+    torch.manual_seed(6)
+    found = method.critic_loss(batch)["gan"]
+    torch.manual_seed(6)
+    fake, real = judged(made().detach(), batch.latents)
+    torch.testing.assert_close(found, 0.5 * ((real - 1).square().mean() + fake.square().mean()), rtol=1e-4, atol=1e-6)
+    torch.manual_seed(6)
+    found = method.student_loss(batch)["gan"]
+    torch.manual_seed(6)
+    expected = 0.2 * (judged(made())[0] - 1).square().mean()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    pulls = [torch.autograd.grad(loss, method.student.network.leave.weight)[0] for loss in (found, expected)]
+    assert pulls[0].abs().max() > 1e-5
+    torch.testing.assert_close(*pulls, rtol=1e-3, atol=1e-8)
+
+
 def test_real_and_fake_are_seen_under_one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FakePipeline(TABLE, (3, 4, 4))
     method, batch = ready(pipeline, real="teacher"), next(batches(pipeline, 6))
@@ -209,7 +247,7 @@ def test_guidance_is_drawn_anew_for_every_batch(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"matching_weights": (0.1,)}, "matching_weights has 1 values, but mode_weights has 4 stages"),
+        ({"matching_weights": (0.1,)}, "matching_weights has 1 values, but there are 4 stages"),
         ({"stage_shares": (1.0, 2.0)}, "stage_shares has 2 values, but there are 4 stages"),
         ({"mode_weights": ((1.0,), (1.0, 2.0), (1.0,), (1.0,))}, "rows of one length"),
         ({"mode_weights": ((0.0, 0.0),) * 4}, "none of zeros alone"),

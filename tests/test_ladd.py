@@ -174,6 +174,42 @@ def test_mismatched_texts_are_fakes() -> None:
     assert torch.equal(mask[8:], mask[:4].roll(1, 0)) and not torch.equal(mask[8:], mask[:4])
 
 
+@pytest.mark.parametrize("objective", ["hinge", "logistic"])
+def test_mismatch_and_regression_by_hand(objective: Any) -> None:
+    """mismatch_weight times the loss of a fake, of real samples under the next one's text; regression_weight times Huber's
+    distance, d^2 / 2 below 1 and |d| - 1/2 above, of what the target's own noise becomes; on a flow."""
+    pipeline = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow")
+    options: dict[str, Any] = {"steps": 1, "objective": objective, "mismatch_weight": 0.7, "regression_weight": 0.4}
+    method, batch = ready(pipeline, **options), next(batches(pipeline, 7, pairs=True))
+    for weights in (method.student.network.leave.bias, *method.critic.heads.parameters()):
+        torch.nn.init.normal_(weights, 0, 0.3)
+    real, noise = batch.target, batch.noise
+    assert real is not None and noise is not None
+    torch.manual_seed(9)
+    found = method.critic_loss(batch)["mismatch"], method.student_loss(batch)["regression"]
+    torch.manual_seed(9)
+    torch.multinomial(torch.ones(1), 7, replacement=True)
+    t = torch.sigmoid(1 + torch.randn(7))
+    wide = t.view(-1, 1, 1, 1)
+    xt = (1 - wide) * real + wide * torch.randn_like(real)
+    others = pipeline.encode_prompts(["0", "0", "1", "0", "1", "0", "1"])
+    assert batch.prompts == ("0", "1", "0", "1", "0", "1", "0")
+    with torch.no_grad():
+        features = pipeline.frozen()(xt, t, others, features=("middle",)).features
+        wrong = method.critic.heads([features["middle"]], sample_facts(t, others))
+        loss = (1 + wrong).clamp_min(0) if objective == "hinge" else wrong.exp().log1p()
+        gap = (noise - method.student.network(noise, torch.ones(7), batch.condition.inputs["components"], None) - real).abs()
+        distance = torch.where(gap < 1, gap**2 / 2, gap - 0.5)
+    assert float(found[0].detach()) == pytest.approx(0.7 * float(loss.mean()), rel=1e-3)
+    assert float(found[1].detach()) == pytest.approx(0.4 * float(distance.mean()), rel=1e-4)
+
+
+def test_a_sample_alone_has_no_other_text() -> None:
+    pipeline = FakePipeline(TABLE, (3,))
+    method, batch = ready(pipeline, mismatch_weight=1.0), next(batches(pipeline, 1, pairs=True))
+    assert set(method.critic_loss(batch)) == {"gan"}
+
+
 def test_regression_starts_from_the_targets_own_noise() -> None:
     pipeline = FakePipeline(TABLE, (3,))
     method, batch, seen = ready(pipeline, steps=1, regression_weight=1.0), next(batches(pipeline, 8, pairs=True)), []
@@ -187,7 +223,7 @@ def test_what_it_needs_and_how_it_is_sampled() -> None:
     method, batch = ready(pipeline, real="images"), next(batches(pipeline, 4))
     assert batch.target is None and set(method.student_loss(batch)) == {"gan"}
     assert method.sampler() == FewStep(even_times(4), gamma=0.0) and method.sampler(2).times == (1.0, 0.5)
-    with pytest.raises(UserError, match="trained for 1 or 2 or 4 steps, not for 3"):
+    with pytest.raises(UserError, match="trained for 1, 2, 4 steps, not for 3"):
         method.sampler(3)
 
 

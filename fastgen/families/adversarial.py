@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.critics import FeatureCritic
-from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
+from fastgen.denoiser import Condition, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.losses import noised
 from fastgen.method import Batch, Loss, Method, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction
-from fastgen.samplers import FewStep, even_times
+from fastgen.samplers import FewStep, even_times, fewer_calls
 
 
 def layers_for(option: str, pipeline: Pipeline, remedy: str = "set it to 0") -> tuple[str, ...]:
@@ -86,17 +86,9 @@ class Adversarial(Method):
             Player("student", self.student, self.student_loss),
         ]
 
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
-
     def sampler(self, steps: int | None = None) -> FewStep:
         """All of the times trained, or evenly spaced ones among them."""
-        fewer = [count for count in range(1, self.steps + 1) if self.steps % count == 0]
-        steps = self.steps if steps is None else steps
-        if steps not in fewer:
-            raise UserError(f"this student was trained for {' or '.join(map(str, fewer))} steps, not for {steps}")
-        return FewStep(self.times[:: self.steps // steps], gamma=self.gamma, guidance=self.told)
+        return FewStep(self.times[:: self.steps // fewer_calls(self.steps, steps)], gamma=self.gamma, guidance=self.told)
 
     def estimate(self, x0: Tensor, condition: Condition, shares: Sequence[float] = (), eps: Tensor | None = None) -> Prediction:
         """The student's prediction at data `x0` [B, ...] diffused to one of its times, drawn for each sample.

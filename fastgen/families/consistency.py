@@ -19,7 +19,7 @@ from fastgen.critics import FeatureCritic
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.families.adversarial import feature_critic, layers_for
-from fastgen.losses import hinge_critic, noised, pseudo_huber, wide
+from fastgen.losses import drawn_scales, hinge_critic, noised, pseudo_huber, wide
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import VP, shift_time, unshift_time
@@ -116,10 +116,6 @@ class Consistency(Method):
         return [Player("student", self.student, self.loss)]
 
     @property
-    def trained(self) -> Denoiser:
-        return self.student
-
-    @property
     def renewal(self) -> float:
         """Share of the noise that is renewed between calls in sampling: 0 follows the trajectory, 1 re-noises the estimate."""
         return 0.0
@@ -165,7 +161,7 @@ class Consistency(Method):
         x0 = batch.latents
         start = self.solver_steps * torch.randint(self.grid, (len(x0),), device=x0.device)
         t, r = self.times[start], self.times[start + self.solver_steps]
-        scale = self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(len(x0), device=x0.device)
+        scale = drawn_scales(self.guidance_low, self.guidance_high, len(x0), x0.device)
         xt = noised(self.student.process, x0, torch.randn_like(x0), t)
         condition = batch.condition
         if self.prompt_dropout:

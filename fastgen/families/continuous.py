@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.denoiser import Condition, Denoiser, Guided, Predicts, Retimed
+from fastgen.denoiser import Condition, Guided, Predicts, Retimed
 from fastgen.errors import UserError
 from fastgen.losses import squared, wide
 from fastgen.method import Batch, Loss, Method, Need, Player
@@ -172,10 +172,6 @@ class ContinuousConsistency(Method):
 
     def players(self) -> Sequence[Player]:
         return [Player("student", self.weights, self.loss)]
-
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
 
     def sampler(self, steps: int | None = None) -> FewStep:
         """Re-noising between calls, at the student's own times with the angles' noise-to-signal ratios."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
+from fastgen.denoiser import Condition, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
@@ -55,10 +55,6 @@ class MeanVelocities(Method):
 
     def players(self) -> Sequence[Player]:
         return [Player("student", self.student, self.loss)]
-
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
 
     @abstractmethod
     def sampler(self, steps: int | None = None) -> MeanVelocity: ...

@@ -106,10 +106,6 @@ class ProgressiveDistillation(Staged):
         """What the student minimises in the present stage."""
 
     @property
-    def trained(self) -> Denoiser:
-        return self.student
-
-    @property
     def steps(self) -> int:
         """The student's steps in the present stage."""
         return self.stages[self.stage]

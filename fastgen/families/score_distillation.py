@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen.critics import ScoreCritic
-from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
+from fastgen.denoiser import Condition, Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.losses import denoising, distribution_matching, record_scores, shared_choice, uniform_times
 from fastgen.method import Batch, Loss, Method, Player
@@ -102,10 +102,6 @@ class ScoreDistillation(Method):
             Player("student", self.student, self.student_loss, every=self.student_every),
         ]
 
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
-
     def sampler(self, steps: int | None = None) -> FewStep:
         if steps not in (None, len(self.times)):
             raise UserError(f"this student was trained for {len(self.times)} steps, not for {steps}")
@@ -139,7 +135,7 @@ class ScoreDistillation(Method):
 
     def score_times(self, count: int) -> Tensor:
         """Times [B] between `low` and `high` at which the scores are compared."""
-        return uniform_times(self.process, count, low=self.low, high=self.high, shift=self.noise_shift, device=self.device)
+        return self.times_after(0.0, count, self.high)
 
     def matching(self, x: Tensor, condition: Condition) -> Tensor:
         """The distribution matching loss of the student's samples `x` (DMD2, equation 2)."""
@@ -164,7 +160,7 @@ class ScoreDistillation(Method):
     def times_after(self, s: float, count: int, high: float) -> Tensor:
         """`count` times between the later of `s` and `low`, and `high`, uniform but for `noise_shift`."""
         low = max(s, self.low)
-        edges = unshift_time(torch.tensor([low, max(low, high)]), self.noise_shift).tolist()
+        edges = unshift_time(torch.tensor([low, max(low, high)], dtype=torch.float64), self.noise_shift).tolist()
         return uniform_times(self.process, count, low=edges[0], high=edges[1], shift=self.noise_shift, device=self.device)
 
     def end_of(self, call: int) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgen.denoiser import Condition, Guided, Predicts, features_of
 from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
-from fastgen.losses import denoising, logit_normal_times, record_scores, snr, uniform_times, wide
+from fastgen.losses import denoising, logit_normal_times, record_scores, snr, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction, Process
@@ -80,7 +80,7 @@ class ScoreIdentity(ScoreDistillation):
     )
     noise_law: Literal["uniform", "logit_normal"] = field(
         default="uniform",
-        metadata={"help": "law of the times of both losses: uniform from low to high, or SiD-DiT's for flows"},
+        metadata={"help": "law of the times of both losses: uniform from low to high, or SiD-DiT's for flows, of all times"},
     )
 
     family: ClassVar[str] = "score identity"
@@ -111,8 +111,7 @@ class ScoreIdentity(ScoreDistillation):
     def draw_times(self, count: int) -> Tensor:
         """Times [B] of either loss."""
         if self.noise_law == "uniform":
-            options = {"low": self.low, "high": self.high, "shift": self.noise_shift}
-            return uniform_times(self.process, count, **options, device=self.device)
+            return self.score_times(count)
         mean, std = math.log(2), 1.6  # SiD-DiT's code
         return logit_normal_times(self.process, count, mean=mean, std=std, shift=self.noise_shift, device=self.device)
 

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from fastgen.errors import UserError
 from fastgen.method import Method
@@ -17,9 +17,10 @@ from fastgen.method import Method
 
 @dataclass
 class Staged(Method):
-    """A method that goes through `stages`; `stage`, from 0, is the present one. Optimisers start afresh with every stage.
+    """A method that goes through `stages`; `stage`, from 0, is the present one.
 
-    Subclasses say what their `stages` are and call `check_stages` in `__post_init__`.
+    Subclasses say what their `stages` are, whether optimisers start afresh with each, and call `check_stages` in
+    `__post_init__`.
     """
 
     stage_shares: tuple[float, ...] = field(
@@ -31,11 +32,15 @@ class Staged(Method):
     def stages(self) -> Sequence[Any]:
         """What is particular to each stage, such as the student's number of steps."""
 
-    def check_stages(self) -> None:
-        """Begin with the first stage. Raises UserError for shares that are not one for each."""
+    renews: ClassVar[bool] = True
+    """Whether optimisers start afresh with every stage."""
+
+    def check_stages(self, *options: str) -> None:
+        """Begin with the first stage. Raises UserError for stage shares, or other `options`, that are not one for each."""
         self.stage, stages = 0, len(self.stages)
-        if self.stage_shares and len(self.stage_shares) != stages:
-            raise UserError(f"stage_shares has {len(self.stage_shares)} values, but there are {stages} stages")
+        for name in (*options, *(["stage_shares"] if self.stage_shares else [])):
+            if len(given := getattr(self, name)) != stages:
+                raise UserError(f"{name} has {len(given)} values, but there are {stages} stages")
 
     def ends(self, total: int) -> list[int]:
         """The update at which each stage ends. Raises UserError where there are fewer updates than stages."""
@@ -46,7 +51,7 @@ class Staged(Method):
         return ends
 
     def stage_end(self, step: int, total: int) -> int:
-        return next(end for end in self.ends(total) if end > step)
+        return next(end for end in self.ends(total) if end > step) if self.renews else total
 
     def stage_share(self, step: int, total: int) -> float:
         """How much of the present stage is behind update `step`, 0 to 1."""
@@ -56,7 +61,7 @@ class Staged(Method):
     def advance(self, step: int, total: int) -> bool:
         super().advance(step, total)
         before, self.stage = self.stage, sum(end <= step for end in self.ends(total)[:-1])
-        return self.stage != before
+        return self.renews and self.stage != before
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"stage": self.stage}

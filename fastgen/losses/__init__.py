@@ -14,7 +14,7 @@ from fastgen.losses.adversarial import (
 from fastgen.losses.contrast import contrast, distribution_matching, pull
 from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
 from fastgen.losses.distances import distance, pseudo_huber, snr, squared, wide
-from fastgen.losses.draws import logit_normal_times, shared_choice, shared_uniform, uniform_times
+from fastgen.losses.draws import drawn_scales, logit_normal_times, shared_choice, shared_uniform, uniform_times
 from fastgen.losses.readings import listen, record_scores
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "denoising",
     "distance",
     "distribution_matching",
+    "drawn_scales",
     "hinge_critic",
     "hinge_student",
     "kernel",

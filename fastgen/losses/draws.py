@@ -40,6 +40,11 @@ def logit_normal_times(
     return process.snap(shift_time(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift))
 
 
+def drawn_scales(low: float, high: float, count: int, device: torch.device | str | None = None) -> Tensor:
+    """`count` guidance scales, uniform between `low` and `high`."""
+    return low + (high - low) * torch.rand(count, device=device)
+
+
 def shared_choice(count: int, device: torch.device | str | None = None, weights: Tensor | None = None) -> int:
     """One of `count` positions, the same on every process; `weights` [count] say how often each is drawn, equally if None.
 

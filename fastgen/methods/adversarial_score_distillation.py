@@ -24,12 +24,13 @@ class AdversarialScoreDistillation(ScoreDistillation):
     distillation does), and be a poor denoiser of real ones, for which the teacher's own estimates stand in: `push` times the
     squared distance to the unguided teacher's prediction is taken off the loss. Below 1 the sum has a minimum, where the fake
     score is fake + push / (1 - push) (fake - teacher), so that with an unguided teacher the student's gradient becomes 1 / (1
-    - push) times that of distribution matching.
+    - push) times that of distribution matching. A teacher guided at w makes students of guidance 1 + (1 - push) (w - 1).
 
     Differences from the authors' code, which fits one image, one 3D scene: the student is a generator, with fresh noise and
     prompts in every update and backward simulation for several steps; the fake score is a network or LoRA without their
     camera input and its guidance; losses are means, theirs the student's sum over elements; a gradient that is not finite is
-    zero. Their guidance is 7.5; the push of 0.75 is their recipes', where their code's default of 1 has no minimum.
+    zero. Their guidance is 7.5; the push of 0.75 is their recipes', where their code's default of 1 has no minimum,
+    and four of its six weigh with sigma over alpha.
     """
 
     push: float = field(

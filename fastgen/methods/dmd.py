@@ -23,9 +23,9 @@ class DMD(ScoreDistillation):
     from forgetting modes. Pairs are made by the run (`data.pairs`, `data.pair_steps`, `data.pair_guidance`). Fake score and
     student move in turn.
 
-    Differences from the authors' code: the regression's distance is a plain square, in latents or in decoded images;
-    theirs is LPIPS, whose network is not among our dependencies. Each player makes samples of its own, and a gradient that
-    is not finite is zero. Their guidance is 3 or 8 on SD 1.5, their learning rate 1e-5 there.
+    Differences from the authors' code: the regression's distance is a plain square, in latents or in decoded images; theirs is
+    LPIPS, whose network is not among our dependencies. Each player makes samples of its own, of the prompts that the pairs
+    have, and a gradient that is not finite is zero. Their guidance is 3 or 8 on SD 1.5, their learning rate 1e-5 there.
     """
 
     steps: int = field(default=1, metadata={"help": "network calls a sample: 1", "at_least": 1})

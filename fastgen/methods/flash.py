@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fastgen.critics import FeatureCritic
-from fastgen.denoiser import Condition, Denoiser, Guided
+from fastgen.denoiser import Condition, Guided
 from fastgen.errors import UserError
 from fastgen.families.adversarial import feature_critic, layers_for
 from fastgen.families.stages import Staged
 from fastgen.losses import (
     distance,
     distribution_matching,
+    drawn_scales,
     least_squares_critic,
     least_squares_student,
     listen,
@@ -27,7 +28,7 @@ from fastgen.losses import (
 from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.rollouts import time_grid, walk
-from fastgen.samplers import FewStep, even_times
+from fastgen.samplers import FewStep, even_times, fewer_calls
 
 LEVELS = (0.011, 0.251, 0.501, 0.751)
 """The times at which the discriminator is shown samples: timesteps 10, 250, 500 and 750 of a table."""
@@ -74,20 +75,17 @@ class Flash(Staged):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
     family: ClassVar[str] = "distribution matching"
+    renews: ClassVar[bool] = False  # one optimisation, whose terms change weight
 
     def __post_init__(self) -> None:
-        for name in ("matching_weights", "gan_weights"):
-            if len(given := getattr(self, name)) != len(self.stages):
-                raise UserError(f"{name} has {len(given)} values, but mode_weights has {len(self.stages)} stages")
-        self.check_stages()
+        self.check_stages("matching_weights", "gan_weights")
         self.modes = len(self.mode_weights[0]) if self.mode_weights else 0
         if not self.modes or any(len(row) != self.modes or min(row) < 0 or not sum(row) for row in self.mode_weights):
             raise UserError("mode_weights must be rows of one length, none negative and none of zeros alone")
         if self.grid < self.modes or self.grid % self.modes:
             raise UserError(f"grid = {self.grid} must be a multiple of the {self.modes} steps that mode_weights names")
-        if not self.guidance_low <= self.guidance_high:
-            low, high = f"guidance_low = {self.guidance_low:g}", f"guidance_high = {self.guidance_high:g}"
-            raise UserError(f"{low} must be at most {high}")
+        if (low := self.guidance_low) > (high := self.guidance_high):
+            raise UserError(f"guidance_low = {low:g} must be at most guidance_high = {high:g}")
 
     @property
     def stages(self) -> tuple[tuple[float, ...], ...]:
@@ -109,24 +107,9 @@ class Flash(Staged):
         critic = [Player("critic", self.critic, self.critic_loss)] if self.critic is not None else []
         return [*critic, Player("student", self.student, self.student_loss)]
 
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
-
     def sampler(self, steps: int | None = None) -> FewStep:
         """The calls fall on the modes of the starts, all of them or evenly fewer."""
-        steps = self.modes if steps is None else steps
-        if steps < 1 or self.modes % steps:
-            fit = [n for n in range(1, self.modes + 1) if self.modes % n == 0]
-            raise UserError(f"this student was trained for {', '.join(map(str, fit))} steps, not for {steps}")
-        return FewStep(even_times(steps, self.process, self.shift), gamma=1.0, guidance=self.told)
-
-    def advance(self, step: int, total: int) -> bool:
-        super().advance(step, total)
-        return False  # one optimisation, whose terms change weight
-
-    def stage_end(self, step: int, total: int) -> int:
-        return total
+        return FewStep(even_times(fewer_calls(self.modes, steps), self.process, self.shift), gamma=1.0, guidance=self.told)
 
     def start_probabilities(self) -> Tensor:
         """How often each step of the grid, [grid], is the start in the present stage."""
@@ -144,7 +127,7 @@ class Flash(Staged):
 
     def guided(self, count: int) -> Guided:
         """The teacher with one guidance scale for a batch of `count`."""
-        scale = self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(1, device=self.device)
+        scale = drawn_scales(self.guidance_low, self.guidance_high, 1, self.device)
         return Guided(self.teacher, 1.0 if self.guidance_low == self.guidance_high == 1 else scale.expand(count))
 
     def answer(self, xt: Tensor, position: int, condition: Condition) -> Tensor:

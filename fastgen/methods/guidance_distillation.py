@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from fastgen.denoiser import Denoiser, Guided, Predicts
+from fastgen.denoiser import Guided, Predicts
 from fastgen.errors import UserError
 from fastgen.families.progressive import truncated_snr
-from fastgen.losses import noised, squared, uniform_times
+from fastgen.losses import drawn_scales, noised, squared, uniform_times
 from fastgen.method import Batch, Loss, Method, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.samplers import FewStep, even_times
@@ -74,10 +74,6 @@ class GuidanceDistillation(Method):
     def players(self) -> Sequence[Player]:
         return [Player("student", self.student, self.loss)]
 
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
-
     def sampler(self, steps: int | None = None) -> FewStep:
         """The teacher's own DDIM steps, one call each."""
         steps = self.steps if steps is None else steps
@@ -89,7 +85,7 @@ class GuidanceDistillation(Method):
         assert batch.latents is not None
         process, x0 = self.student.process, batch.latents
         t = uniform_times(process, len(x0), shift=self.noise_shift, device=x0.device)
-        scale = self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(len(x0), device=x0.device)
+        scale = drawn_scales(self.guidance_low, self.guidance_high, len(x0), x0.device)
         xt = noised(process, x0, torch.randn_like(x0), t)
         with torch.no_grad():
             target = self.teacher(xt, t, batch.condition, guidance=scale).x0

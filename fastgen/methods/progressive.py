@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgen.denoiser import Denoiser, Guided
 from fastgen.errors import UserError
 from fastgen.families.progressive import ProgressiveDistillation, divided
-from fastgen.losses import snr
+from fastgen.losses import drawn_scales, snr
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 
@@ -74,7 +74,7 @@ class Progressive(ProgressiveDistillation):
         """A guidance scale for each sample, [B], where they are an input."""
         if self.guidance_low is None or self.guidance_high is None:
             return None
-        return self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(count, device=device)
+        return drawn_scales(self.guidance_low, self.guidance_high, count, device)
 
     def loss(self, batch: Batch) -> Loss:
         xt, times = self.begin(batch)

@@ -19,7 +19,8 @@ class SiDLSG(ScoreIdentity):
 
     Differences from the authors' code: losses are means, theirs sums over elements; v-networks learn from the plain error in v,
     theirs weighted with SNR / (1 + SNR); the first input is noise of unit variance, as samplers of diffusers start, theirs
-    of the variance at its timestep, 625; an answer that is not finite gives no gradient, theirs leaves the sample out.
+    of the variance at its timestep, 625; samples whose prompt the fake score does not see were made with it, theirs without;
+    an answer that is not finite gives no gradient, theirs leaves the sample out.
     """
 
     steps: int = field(default=1, metadata={"help": "network calls a sample, evenly spaced in time"})

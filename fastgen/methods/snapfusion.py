@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.families.progressive import ProgressiveDistillation, divided
-from fastgen.losses import shared_uniform, squared, wide
+from fastgen.losses import drawn_scales, shared_uniform, squared, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import SMALLEST, Prediction
@@ -85,7 +85,7 @@ class SnapFusion(ProgressiveDistillation):
 
     def random_scales(self, xt: Tensor) -> Tensor:
         """A guidance scale for each sample, [B]."""
-        return self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(len(xt), device=xt.device)
+        return drawn_scales(self.guidance_low, self.guidance_high, len(xt), xt.device)
 
     def denoising(self, prediction: Prediction, x0: Tensor) -> Tensor:
         """The ordinary diffusion loss, in the network's own kind of prediction; the noise is what x_t is besides the data."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fastgen.errors import UserError
+from fastgen.losses import drawn_scales
 from fastgen.methods.swiftbrush import SwiftBrush
 
 
@@ -42,4 +42,4 @@ class Snoopi(SwiftBrush):
             raise UserError(f"guidance_low = {self.guidance_low:g} must be below guidance_high = {self.guidance_high:g}")
 
     def scales(self, count: int) -> Tensor | None:
-        return self.guidance_low + (self.guidance_high - self.guidance_low) * torch.rand(count, device=self.device)
+        return drawn_scales(self.guidance_low, self.guidance_high, count, self.device)

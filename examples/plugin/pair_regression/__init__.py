@@ -34,10 +34,6 @@ class PairRegression(Method):
     def players(self) -> Sequence[Player]:
         return [Player("student", self.student, self.loss)]
 
-    @property
-    def trained(self) -> Denoiser:
-        return self.student
-
     def sampler(self, steps: int | None = None) -> FewStep:
         if steps not in (None, 1):
             raise UserError(f"this student was trained for 1 step, not for {steps}")
