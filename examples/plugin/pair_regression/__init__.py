@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fastgen.denoiser import Denoiser, Guided
+from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.losses import pseudo_huber
 from fastgen.method import Batch, Loss, Method, Need, Player
