@@ -20,6 +20,8 @@ from fastgen.losses import (
 )
 from fastgen.losses.readings import LEVELS, Readings, Summary, heard, record, record_answers
 from fastgen.process import Flow
+from fastgen.tangents import answer_and_derivative
+from fastgen.training.health import from_losses
 
 SHAPE = (3, 2, 2)
 PROCESS = Flow()
@@ -100,6 +102,23 @@ def test_the_pull_on_samples_is_measured_against_their_size() -> None:
         pull(x, gradient)
     found = readings.take()
     assert found["pull"].mean == 0.5 and found["pulled"].mean == 4
+
+
+@pytest.mark.parametrize("way", ["exact", "central"])
+@pytest.mark.parametrize("few", [False, True])
+def test_a_derivative_is_measured_against_the_answer(way: Any, few: bool) -> None:
+    """Of sin(80 t), which a step of 1e-3 still sees: 80 cos(80 t), in the samples that have one."""
+    readings, t = Readings(), torch.linspace(0.2, 0.8, 50)
+    where = torch.arange(50) < (10 if few else 50)
+    with listen(readings):
+        answer_and_derivative(
+            lambda index: lambda x, t: x + torch.sin(80 * t)[:, None],
+            *(gaussian(), torch.zeros(50, 3), t, torch.zeros(50, 3)),
+            way=way,
+            where=where,
+        )
+    expected = 80 * torch.cos(80 * t[where]).abs().sum() / torch.sin(80 * t[where]).abs().sum()
+    assert from_losses(readings.take())["derivative"].value == pytest.approx(float(expected), rel=2e-3)
 
 
 @pytest.mark.parametrize(

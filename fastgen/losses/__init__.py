@@ -15,7 +15,7 @@ from fastgen.losses.contrast import contrast, distribution_matching, pull
 from fastgen.losses.diffusion import denoising, kernel, landing, level_denoising, level_target, noised
 from fastgen.losses.distances import distance, pseudo_huber, snr, squared, wide
 from fastgen.losses.draws import drawn_scales, logit_normal_times, shared_choice, shared_uniform, uniform_times
-from fastgen.losses.readings import listen, record_scores
+from fastgen.losses.readings import listen, record_derivative, record_scores
 
 __all__ = [
     "approximate_r1",
@@ -39,6 +39,7 @@ __all__ = [
     "nonsaturating_student",
     "pseudo_huber",
     "pull",
+    "record_derivative",
     "record_scores",
     "shared_choice",
     "shared_uniform",

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from fastgen.losses.distances import wide
 
-__all__ = ["LEVELS", "Readings", "Summary", "heard", "listen", "record", "record_answers", "record_pull", "record_scores"]
+__all__ = [
+    "LEVELS",
+    "Readings",
+    "Summary",
+    "heard",
+    "listen",
+    "record",
+    "record_answers",
+    "record_derivative",
+    "record_pull",
+    "record_scores",
+]
 
 LEVELS = 4
 """Into how many equal ranges of the time from 0 to 1 readings are sorted."""
@@ -162,6 +173,20 @@ def record_answers(real: Tensor, fake: Tensor, t: Tensor | Sequence[Tensor] | No
     times = (None, None) if t is None else (t, t) if isinstance(t, Tensor) else t
     _listener.add("discriminator_real", _mean((real.detach() > threshold).float()), times[0])
     _listener.add("discriminator_fake", _mean((fake.detach() < threshold).float()), times[1])
+
+
+@torch.no_grad()
+def record_derivative(answer: Tensor, change: Tensor, where: Tensor | None = None) -> None:
+    """The root mean squares of `change` [B, ...], the derivative of `answer` [B, ...] along a trajectory, and of that.
+
+    `where` [B], boolean: the samples that have one, by default all.
+    """
+    if _listener is None:
+        return
+    known = torch.ones(len(answer), dtype=torch.bool, device=answer.device) if where is None else where
+    for name, values in (("derivative", change), ("derived", answer)):
+        size = _mean(wide(values.detach()).square()).sqrt()
+        _listener.add(name, torch.where(known, size, torch.nan))
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastgen.denoiser import Denoiser, Predicts, sharded
 from fastgen.errors import UserError
-from fastgen.losses import wide
+from fastgen.losses import record_derivative, wide
 from fastgen.tangents.forward import Duals
 
 Way = Literal["exact", "plain", "central", "semi"]
@@ -105,22 +105,20 @@ def answer_and_derivative(
     mixed = torch.is_autocast_enabled(x.device.type)
     one_pass = one_pass and way == "exact" and not mixed and _alike(network)
 
-    def both(index: Index) -> tuple[Tensor, Tensor]:
-        function, at, time, along = of(index), x[index], t[index], dx[index]
-        if one_pass:
-            return _both(function, network, wide(at), wide(time), wide(along), dt)
-        return function(at, time), derivative(function, denoiser, at, time, along, dt, way=way, step=step)
-
-    everything = slice(None)
-    if where is None or way == "plain" or _sharded(network):
-        return both(everything)
-    some = where.nonzero()[:, 0]
-    if len(some) > (MOST_APART * len(x) if one_pass else len(x) - 1):
-        return both(everything)
-    value = of(everything)(x, t)
-    change = torch.zeros_like(wide(value.detach()))
-    if len(some):
-        change[some] = derivative(of(some), denoiser, x[some], t[some], dx[some], dt, way=way, step=step)
+    whole, few = of(slice(None)), None
+    if where is not None and way != "plain" and not _sharded(network):
+        some = where.nonzero()[:, 0]
+        few = some if len(some) <= (MOST_APART * len(x) if one_pass else len(x) - 1) else None
+    if few is not None:
+        value = whole(x, t)
+        change = torch.zeros_like(wide(value.detach()))
+        if len(few):
+            change[few] = derivative(of(few), denoiser, x[few], t[few], dx[few], dt, way=way, step=step)
+    elif one_pass:
+        value, change = _both(whole, network, wide(x), wide(t), wide(dx), dt)
+    else:
+        value, change = whole(x, t), derivative(whole, denoiser, x, t, dx, dt, way=way, step=step)
+    record_derivative(value, change, where)
     return value, change
 
 

@@ -122,6 +122,18 @@ GAUGES = (
         ),
     ),
     Gauge(
+        "derivative",
+        "Size of the derivative",
+        "root mean square of the derivative of the student's answer along a trajectory, over that of the answer",
+        amber=(0, 20.0),
+        red=(0, 60.0),
+        high=Advice(
+            "the answer changes within a step of time by many times its own size: the student learns its own fast waves in "
+            "time, which grow with every update",
+            'set method.tangent = "central" and method.tangent_step = 0.02, or lower train.lr',
+        ),
+    ),
+    Gauge(
         "gradient_norm",
         "Gradient norm",
         "norm of a player's gradient before clipping, over what it was in the first lines of the run",

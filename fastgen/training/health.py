@@ -175,6 +175,8 @@ def from_losses(found: Mapping[str, Summary]) -> dict[str, Value]:
         if fake.count >= FEW * LEVELS:
             shares = tuple(count / fake.count for count in fake.counts)
             values["noise_levels"] = Value(min(shares), levels=shares)
+    if "derivative" in found and found["derived"].sum:
+        values["derivative"] = Value(found["derivative"].sum / found["derived"].sum)
     if "discriminator_real" in found:
         real, false = found["discriminator_real"], found["discriminator_fake"]
         if real.mean is not None and false.mean is not None:
