@@ -265,7 +265,8 @@ def test_the_students_gradients_by_hand() -> None:
     terms = method.student_loss(batch)
     torch.manual_seed(8)
     torch.multinomial(torch.ones(1), 6, replacement=True)
-    noise, mask, null = torch.randn(6, 3, 4, 4), batch.condition.inputs["components"], batch.condition.null.inputs["components"]
+    mask, null = batch.condition.inputs["components"], batch.condition.null.inputs["components"]
+    noise = torch.randn(6, 3, 4, 4)
     x, t = noise - method.student.network(noise, torch.ones(6), mask, None), 0.02 + 0.96 * torch.rand(6)
     wide = t.view(-1, 1, 1, 1)
     with torch.no_grad():
@@ -273,8 +274,9 @@ def test_the_students_gradients_by_hand() -> None:
         yes, no = (pipeline.base(xt, t, which, None) for which in (mask, null))
         pull = 0.6 * 2 * (1 - wide) * (x - (xt - wide * (no + 2 * (yes - no)))) / x.numel()
     expected = {"gan": -method.critic(pipeline.decode(x), known).mean(), "distill": (x * pull).sum()}
+    leave = method.student.network.leave.weight
     for name, loss in expected.items():
-        pulls = [torch.autograd.grad(each, method.student.network.leave.weight, retain_graph=True)[0] for each in (terms[name], loss)]
+        pulls = [torch.autograd.grad(each, leave, retain_graph=True)[0] for each in (terms[name], loss)]
         assert pulls[0].abs().max() > 1e-4
         torch.testing.assert_close(*pulls, rtol=1e-3, atol=1e-6)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen.analytic import Gaussian
 from fastgen.errors import UserError
@@ -49,22 +49,49 @@ def test_the_discriminators_objective_by_hand() -> None:
         xt, t = table.sqrt().float()[:, None] * x + (1 - table).sqrt().float()[:, None] * noise, (index + 1) / 1000
         mask = batch.condition.inputs["components"]
         fake, pretrained = method.critic.fake.network(xt, t, mask, None), pipeline.base(xt, t, mask, None)
-    expected = nn.functional.mse_loss(fake, noise) - 0.75 * nn.functional.mse_loss(fake, pretrained)
     assert terms.keys() == {"score", "real"}
-    torch.testing.assert_close(terms["score"] + terms["real"], expected, rtol=1e-4, atol=1e-5)
-    assert not any(p.grad is not None for p in method.student.parameters())
+    torch.testing.assert_close(terms["score"], (fake - noise).square().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["real"], -0.75 * (fake - pretrained).square().mean(), rtol=1e-4, atol=1e-5)
+    everybody = [list(module.parameters()) for module in (method.critic, method.student, pipeline.base.requires_grad_(True))]
+    for term in terms.values():
+        learnt, *held = (torch.autograd.grad(term, some, retain_graph=True, allow_unused=True) for some in everybody)
+        assert all(grad is None for grads in held for grad in grads)
+        assert max(float(grad.abs().max()) for grad in learnt if grad is not None) > 1e-3
+
+
+class Says(nn.Module):
+    """A network that answers the same whatever it is asked."""
+
+    def __init__(self, answer: Tensor):
+        super().__init__()
+        self.answer = nn.Parameter(answer)
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor, guidance: Tensor | None) -> Tensor:
+        return self.answer.expand_as(x)
 
 
 @pytest.mark.parametrize("push", [0.0, 0.5, 0.75])
 def test_the_minimum_of_the_objective(push: float) -> None:
-    """At one noised input the best answer is mean + push / (1 - push) (mean - teacher), by the gradient of the loss there."""
-    noise, teacher = torch.randn(4000, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    mean = noise.mean(0)
-    best = (mean + push / (1 - push) * (mean - teacher)).requires_grad_()
-    loss = (best - noise).square().mean() - push * (best - teacher).square().mean()
-    assert torch.autograd.grad(loss, best)[0].abs().max() < 1e-12
-    difference = (teacher - best).detach() * (1 - push)
-    torch.testing.assert_close(difference, teacher - mean)
+    """Of a fake score that can say one thing alone the best is mean + push / (1 - push) (mean - teacher), where the loss has
+    no slope, and moves the student 1 / (1 - push) times as far as the mean of the noise would."""
+    teacher, found = torch.randn(3), []
+    torch.manual_seed(4)
+    torch.rand(400)
+    mean = torch.randn(400, 3).mean(0)  # the noise that the loss below draws
+    for answer in (mean + push / (1 - push) * (mean - teacher), mean):
+        pipeline = FakePipeline(TABLE, (3,), "eps", networks={"fake_score": lambda answer=answer: Says(answer)})
+        pipeline.base = Says(teacher).requires_grad_(False)
+        method, batch = ready(pipeline, push=push), next(batches(pipeline, 400))
+        method.generate = lambda batch: torch.zeros(400, 3)  # type: ignore[method-assign]
+        torch.manual_seed(4)
+        loss = torch.stack(list(method.fake_loss(batch).values())).sum()
+        slope = torch.autograd.grad(loss, list(method.critic.parameters()))[0].abs().max()
+        torch.manual_seed(5)
+        x = torch.randn(400, 3, requires_grad=True)
+        found.append((slope, torch.autograd.grad(method.adversary(x, batch.condition), x)[0]))
+    (at_best, best), (at_mean, plain) = found
+    assert at_best < 1e-5 and (at_mean > 0.1 or push == 0)
+    torch.testing.assert_close(best * (1 - push), plain, rtol=1e-3, atol=1e-6)
 
 
 def test_without_push_it_is_variational_score_distillation() -> None:

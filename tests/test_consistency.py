@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from fastgen.analytic import Exact, Gaussian, Mixture
+from fastgen.denoiser import Guided
 from fastgen.errors import UserError
 from fastgen.methods.consistency import ConsistencyModel
 from fastgen.methods.lcm import LCM
+from fastgen.methods.pcm import PCM
+from fastgen.methods.tcd import TCD
+from fastgen.methods.tdd import TDD
+from fastgen.methods.tscd import TSCD
 from fastgen.process import Kind
 from fastgen.samplers import FewStep, even_times
 from tests.method_fakes import KINDS, PROCESSES, TABLE, Affine, FakePipeline, batches, learn_teacher, train, wasserstein
@@ -121,6 +126,28 @@ def test_two_points_share_data_and_noise(process: str) -> None:
         eps = (chain.xt - alpha * batch.latents) / sigma
         clear = (sigma[:, 0] > 0.2) & (chain.t < 0.999)
         torch.testing.assert_close(chain.xr[clear], (alpha_r * batch.latents + sigma_r * eps)[clear], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [LCM, ConsistencyModel, PCM, TCD, TDD, TSCD])
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_the_lowest_point_is_regression_on_the_solvers_clean_end(process: str, kind: Any) -> None:
+    """No jump is left from there: the target is the guided teacher's own estimate, exactly, whatever the student says.
+
+    Were the grid a single point this would be all of the loss.
+    """
+    pipeline = FakePipeline(PROCESSES[process], (3,), "x0")  # of which clean data is no fixed point by itself
+    method: Any = kind(grid=16, ema_decay=0.0, guidance_low=2.0, guidance_high=2.0)
+    method.setup(pipeline)
+    chain = method.chain(next(batches(pipeline, 256)))
+    lowest = chain.t < 1.5 / 16
+    assert lowest.sum() > 5 and torch.equal(lowest, chain.r == 0)
+    with torch.no_grad():
+        clean = Guided(pipeline.frozen(), chain.scale)(chain.xt, chain.t, chain.condition).x0
+        method.student.network.leave.bias.fill_(100.0)
+        estimate, target = method.meet(chain)
+    torch.testing.assert_close(chain.xr[lowest], clean[lowest], rtol=1e-5, atol=1e-6)
+    assert torch.equal(target[lowest], chain.xr[lowest])
+    assert (target - chain.xr)[~lowest].abs().max() > 10 and (estimate - chain.xt)[lowest].abs().min() > 1
 
 
 def test_consistency_training_by_hand() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen.analytic import Exact, Gaussian, Mixture
 from fastgen.denoiser import Denoiser, Retimed
 from fastgen.errors import UserError
-from fastgen.families.continuous import RIGHT, TRIG, AdaptiveWeight, ContinuousConsistency, log_normal_times, own_times
+from fastgen.families.continuous import RIGHT, TRIG, ContinuousConsistency, log_normal_times, own_times
 from fastgen.methods.rcm import RCM
 from fastgen.methods.sana_sprint import SanaSprint
 from fastgen.methods.scm import SCM
@@ -77,12 +77,17 @@ def test_the_tangent_is_the_derivative_of_the_clean_estimate() -> None:
     assert expected.abs().max() > 0.05
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_the_loss_by_hand(training: bool) -> None:
-    """A flow network by SANA-Sprint's formulas (section 3.1), against the reference's loss with a prior weight."""
-    pipeline = FakePipeline(PROCESSES["flow"], (3,), "flow", default_guidance=1.0)
-    options: dict[str, Any] = {} if training else {"guidance": 2.5}
-    method = ready(pipeline, SCM, weighting="prior", warmup=10, training=training, **options)
+@pytest.mark.parametrize("how", ["distilled", "alone", "regularised"])
+def test_the_loss_by_hand(how: str) -> None:
+    """A flow network by SANA-Sprint's formulas (section 3.1), against the reference's loss with a prior weight.
+
+    That of rCM pulls towards the teacher with cos sqrt(1 - r^2 sin^2) in place of cos^2, r being the tangent's share.
+    """
+    pipeline, training = FakePipeline(PROCESSES["flow"], (3,), "flow", default_guidance=1.0), how == "alone"
+    options: dict[str, Any] = {"training": True} if training else {"guidance": 2.5}
+    if how == "regularised":
+        options |= {"student_every": 1, "noise_mean": 0.2, "sigma_data": 0.5}
+    method = ready(pipeline, RCM if how == "regularised" else SCM, weighting="prior", warmup=10, **options)
     with torch.no_grad():
         for weight in method.student.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -110,31 +115,13 @@ def test_the_loss_by_hand(training: bool) -> None:
     answer, student = raw(method.student.network, x, angle, mask), method.student.network
     both = angle.cos() * angle.sin()
     turn = torch.func.jvp(lambda x, angle: raw(student, x, angle, mask), (x, angle), (both * speed, both))[1].detach()
-    g = -(angle.cos() ** 2) * (answer.detach() - speed) - 0.5 * (both * x + turn)
+    pull = angle.cos() * (1 - 0.25 * angle.sin() ** 2).sqrt() if how == "regularised" else angle.cos() ** 2
+    g = -pull * (answer.detach() - speed) - 0.5 * (both * x + turn)
     g = g / (g.norm(dim=1, keepdim=True) / 3**0.5 + 0.1)
     expected = ((answer - answer.detach() - g) ** 2 / (0.5 * angle.tan())).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     for a, b in zip(gradient, torch.autograd.grad(expected, list(student.parameters())), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_the_learnt_weight() -> None:
-    pipeline = FakePipeline(PROCESSES["flow"], (3,), "flow")
-    method = ready(pipeline, guidance=1.0, warmup=0, weighting="adaptive")
-    assert isinstance(method.learnt, AdaptiveWeight)
-    (player,) = method.players()
-    names = {name for name, _ in player.weights.named_parameters()}
-    assert {"weight.out.weight", "weight.out.bias"} < names and len(names) == 2 + len(list(method.student.parameters()))
-    batch, learnt = next(batches(pipeline, 32)), method.learnt
-    torch.nn.init.normal_(learnt.out.weight)
-    torch.manual_seed(1)
-    loss = method.loss(batch)["consistency"]
-    loss.backward()
-    # d/dlog (exp(log) L - log) at every angle, which vanishes where exp(log) is 1 / L.
-    assert learnt.out.weight.grad is not None and learnt.out.weight.grad.abs().max() > 0
-    t = torch.linspace(0, 1, 100)
-    learnt.out.weight.data.fill_(1e4)
-    assert learnt(t).abs().max() <= 3.0
 
 
 def test_angles_in_training() -> None:
@@ -273,16 +260,21 @@ def test_rcm_by_hand() -> None:
 
 
 def test_rcm_where_the_scores_agree() -> None:
-    """A student that samples the teacher's own distribution, and a fake score that knows it, feel no contrast."""
+    """A student that samples the teacher's own distribution feels no contrast, one that samples another does.
+
+    The fake score is that of a Gaussian with the mean and the deviation of the student's samples, after however many calls.
+    """
     p = PROCESSES["flow"]
-    teacher = Gaussian(torch.tensor([0.8, -0.3]), 0.5, p)
+    teacher, other = (Gaussian(torch.tensor(mean), std, p) for mean, std in (([0.8, -0.3], 0.5), ([0.5, -0.3], 0.6)))
     pipeline = FakePipeline(p, teacher=teacher, labels=1)
     method = ready(pipeline, RCM, guidance=1.0, warmup=0)
-    method.pipeline = pipeline
-    method.fake = Retimed(teacher, TRIG)
-    method.flow = Retimed(Exact(teacher), TRIG)
-    batch = next(batches(pipeline, 256, ("0",)))
-    assert float(method.matching(batch)) < 1e-8
+    batch, found = next(batches(pipeline, 8000, ("0",))), []
+    for student in (teacher, other):
+        method.flow = Retimed(Exact(student), TRIG)
+        x = torch.cat([method.generate(batch, None) for _ in range(4)])
+        method.fake = Retimed(Gaussian(x.mean(0), float((x - x.mean(0)).std()), p), TRIG)
+        found.append(float(method.matching(batch)))
+    assert found[0] < 1e-3 < 0.1 < found[1]
     for angles in (method.calls(1), method.calls(3), method.calls(4)):
         assert angles == (RIGHT, 1.3, 1.0, 0.6)[: len(angles)]
     assert len(method.calls(6)) == 6 and method.sampler().steps == 4
@@ -333,6 +325,15 @@ def test_sprint_by_hand(mismatched: bool) -> None:
     assert not any(weight.requires_grad for weight in pipeline.base.parameters())
     names = [player.name for player in method.players()]
     assert names == ["critic", "student"] and all(p.weights is not pipeline.base for p in method.players())
+
+
+def test_of_one_sample_sprint_mismatches_nothing() -> None:
+    pipeline, losses = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow"), []
+    for mismatched in (False, True):
+        torch.manual_seed(1)
+        method = ready(pipeline, SanaSprint, mismatched=mismatched)
+        losses.append(float(method.critic_loss(next(batches(pipeline, 1)))["critic"].detach()))
+    assert losses[0] == losses[1] > 0
 
 
 def modes(process: str, kind: Kind) -> FakePipeline:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.analytic import Gaussian
 from fastgen.errors import UserError
+from fastgen.method import Batch
 from fastgen.methods.dmd import DMD
 from fastgen.methods.dmd2 import DMD2
 from fastgen.methods.f_distill import WEIGHTS, FDistill
@@ -149,6 +150,74 @@ def test_the_weight_by_hand() -> None:
     running = ready(FakePipeline(TABLE, (3,)), FDistill, divergence="forward_kl", ratio_bins=0)
     one = running.weight(torch.full((1, 1), 3.0).log(), torch.full((1,), 0.5))
     torch.testing.assert_close(one, torch.tensor([3.0 / (0.9 + 0.1 * 3.0)]))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "h"),
+    [("forward_kl", lambda r: r), ("jensen_shannon", lambda r: r / (1 + r)), ("neyman", lambda r: 1 / r)],
+)
+def test_the_students_gradient_is_the_weighted_difference_of_scores(divergence: Any, h: Any) -> None:
+    """h(r) over its mean, times DMD2's gradient (f-distill, theorem 1), under logits that are given; on a flow."""
+    pipeline = FakePipeline(FLOW, (3, 4, 4), "flow")
+    options: dict[str, Any] = {"ratio_bins": 0, "ratio_decay": 0.0, "guidance": 3.0, "gan_weight": 0.2}
+    method, batch = ready(pipeline, FDistill, divergence=divergence, **options), next(batches(pipeline, 8))
+    nn.init.normal_(method.critic.fake.network.leave.bias)
+    x, logits = torch.randn(8, 3, 4, 4, requires_grad=True), 3 * torch.randn(8, 5)
+    method.generate, method.critic.logits = lambda batch: x, lambda features: logits
+    torch.manual_seed(7)
+    terms = method.student_loss(batch)
+    (gradient,) = torch.autograd.grad(terms["dmd"], x)
+    torch.manual_seed(7)
+    t = 0.02 + 0.96 * torch.rand(8)
+    wide = t.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        xt = (1 - wide) * x + wide * torch.randn(8, 3, 4, 4)
+        mask, null = batch.condition.inputs["components"], batch.condition.null.inputs["components"]
+        yes, no = (pipeline.base(xt, t, which, None) for which in (mask, null))
+        fake, real = xt - wide * method.critic.fake.network(xt, t, mask, None), xt - wide * (no + 3 * (yes - no))
+        plain = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()
+        weight = h(logits.mean(1).exp().clamp(0.1, 20))
+        weight = (weight / weight.mean()).view(-1, 1, 1, 1)
+    torch.testing.assert_close(gradient, weight * plain, rtol=1e-3, atol=1e-6)
+    assert weight.max() > 1.2 > 0.9 > weight.min(), "a gradient without it is another"
+    torch.testing.assert_close(terms["gan"], -0.2 * logits.sigmoid().log().mean())
+
+
+class Seen(nn.Module):
+    """A fake score whose features are what it is asked about: x_t and the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle, self.scale = nn.Identity(), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor, guidance: Tensor | None) -> Tensor:
+        return self.scale * self.middle(torch.cat([x, t[:, None]], 1))[:, :1]
+
+
+def test_the_best_critic_says_the_log_of_the_ratio() -> None:
+    """Where logits are log(density of noised data / of noised samples), the critic's loss is stationary, and the weights of
+    forward KL make of the mean over samples that over data."""
+    data, made, count = Gaussian(torch.tensor([0.8]), 0.8, FLOW), Gaussian(torch.tensor([-0.4]), 1.0, FLOW), 50_000
+    pipeline = FakePipeline(FLOW, (1,), "flow", teacher=data, labels=1, networks={"fake_score": Seen})
+    options: dict[str, Any] = {"divergence": "forward_kl", "ratio_bins": 0, "ratio_decay": 0.0, "ratio_low": 1e-3}
+    method, condition = ready(pipeline, FDistill, critic_weight=1.0, **options), data.unconditional(1)[[0] * count]
+    moved, seen = torch.tensor([1.0, 0.0], requires_grad=True), []
+
+    def logits(features: dict[str, Tensor]) -> Tensor:
+        seen.append(features["middle"])
+        xt, t = seen[-1].split(1, 1)
+        ratio = data.log_density(xt, t[:, 0], condition) - made.log_density(xt, t[:, 0], condition)
+        return (moved[0] * ratio + moved[1])[:, None]
+
+    method.critic.logits = logits
+    method.generate = lambda batch: made.sample(condition).float()
+    loss = method.fake_loss(Batch(condition, (count, 1), data.sample(condition).float()))["gan"]
+    (slope,) = torch.autograd.grad(loss, moved)
+    fake, real = seen
+    weight = method.weight(logits({"middle": fake}).detach().float(), fake[:, 1])
+    assert slope.abs().max() < 0.006  # Measured 0.0025; 0.55 for logits of the other sign.
+    mean = float((weight * fake[:, 0]).mean())
+    assert abs(mean - float(real[:, 0].mean())) < 0.02 and mean - float(fake[:, 0].mean()) > 0.4
 
 
 def test_a_sample_alone_keeps_its_weight_and_the_means_are_resumed() -> None:

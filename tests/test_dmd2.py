@@ -129,6 +129,60 @@ def test_the_gan_reaches_the_student_in_its_own_turn_only() -> None:
     assert pull.abs().max() > 0
 
 
+def test_the_gan_half_by_hand() -> None:
+    """Both turns on a flow, -log of the right answer and -log of being taken for real (section 4.3): the one weight is on the
+    critic's term, the other on the student's, and neither is on anything else."""
+    pipeline = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow")
+    method, batch = ready(pipeline, gan_weight=0.3, critic_weight=0.7, guidance=2.0), next(batches(pipeline, 16))
+    nn.init.normal_(method.critic.fake.network.leave.bias)
+    x, real = torch.randn(16, 3, 4, 4, requires_grad=True), batch.latents
+    method.generate = lambda batch: x  # type: ignore[method-assign]
+
+    def logits(x: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        wide = t.view(-1, 1, 1, 1)
+        prediction = method.critic.fake((1 - wide) * x + wide * eps, t, batch.condition, features=("middle",))
+        return prediction.output, method.critic.heads([prediction.features["middle"]])
+
+    torch.manual_seed(3)
+    found = method.fake_loss(batch)
+    torch.manual_seed(3)
+    t, eps, other = torch.rand(16), torch.randn(16, 3, 4, 4), torch.randn(16, 3, 4, 4)
+    (output, on_fake), (_, on_real) = logits(x.detach(), eps, t), logits(real, other, t)
+    torch.testing.assert_close(found["score"], (output - (eps - x.detach())).square().mean(), rtol=1e-4, atol=1e-5)
+    expected = -(1 - on_fake.sigmoid()).log().mean() - on_real.sigmoid().log().mean()
+    torch.testing.assert_close(found["gan"], 0.7 * expected, rtol=1e-4, atol=1e-5)
+
+    torch.manual_seed(3)
+    found = method.student_loss(batch)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found["dmd"], method.matching(x, batch.condition))
+    t, eps = torch.rand(16), torch.randn(16, 3, 4, 4)
+    expected = -0.3 * logits(x, eps, t)[1].sigmoid().log().mean()
+    torch.testing.assert_close(found["gan"], expected, rtol=1e-4, atol=1e-5)
+    pulls = [torch.autograd.grad(loss, x)[0] for loss in (found["gan"], expected)]
+    assert pulls[0].abs().max() > 0
+    torch.testing.assert_close(*pulls, rtol=1e-3, atol=1e-8)
+
+
+def test_where_the_scores_agree_the_gan_is_all_that_moves_the_student() -> None:
+    """A fake score that is the teacher leaves the gradient of a GAN on noised samples, in proportion to its weight."""
+    pipeline = FakePipeline(TABLE, (3, 4, 4))
+    batch, pulls = next(batches(pipeline, 8)), {}
+    for weight in (0.1, 0.4):
+        method = ready(pipeline, gan_weight=weight)
+        torch.manual_seed(1)
+        for head in method.critic.heads.parameters():
+            nn.init.normal_(head, 0, 0.1)
+        torch.manual_seed(2)
+        pulls[weight] = student_gradient(method, batch)
+    torch.manual_seed(2)
+    parts = torch.autograd.grad(method.student_loss(batch)["gan"], list(method.student.parameters()), allow_unused=True)
+    alone = torch.cat([part.flatten() for part in parts if part is not None])
+    assert alone.abs().max() > 1e-4
+    torch.testing.assert_close(pulls[0.4], alone, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(pulls[0.1], alone / 4, rtol=1e-3, atol=1e-7)
+
+
 def test_the_discriminator_sees_real_as_real() -> None:
     """Trained on its own loss alone, the head puts data above samples, and the student's loss pushes towards data."""
     teacher = Gaussian(torch.tensor([3.0, 3.0]), 0.1, PROCESSES["flow"])
@@ -209,6 +263,20 @@ def test_a_linear_student_becomes_the_gaussian(process: str) -> None:
     a, b = float(method.student.network.a.detach()), float(method.student.network.b.detach())
     # Measured 0.010 and 0.002.
     assert abs(abs(a) - 0.5) < 0.05 and abs(b - 0.8) < 0.02
+
+
+@pytest.mark.slow
+def test_the_gan_alone_finds_the_distribution_and_not_the_pairing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the difference of scores a linear student begun at -z - 0.5 comes to the Gaussian too; its sign stays."""
+    teacher = Gaussian(torch.full((2,), 0.8), 0.5, PROCESSES["flow"], "x0")
+    pipeline = FakePipeline(PROCESSES["flow"], (2,), "x0", teacher=teacher, labels=1, networks={"student": Linear})
+    method = ready(pipeline, steps=1, student_every=1, gan_weight=1.0, critic_weight=1.0)
+    nn.init.constant_(method.student.network.a, -1.0)
+    monkeypatch.setattr(method, "matching", lambda x, condition: 0 * x.sum())
+    train(method, batches(pipeline, 64, ("0",)), 800, 0.005, betas=(0.0, 0.99))
+    a, b = float(method.student.network.a.detach()), float(method.student.network.b.detach())
+    # Measured -0.490 and 0.808.
+    assert abs(a + 0.5) < 0.06 and abs(b - 0.8) < 0.06
 
 
 @pytest.mark.slow

@@ -108,6 +108,36 @@ def test_score_distillation_of_one_step() -> None:
     torch.testing.assert_close(method.single(method.student, noise, condition[:4]), one)
 
 
+def test_the_last_stages_terms_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one noise: score_weight times DMD's gradient with a guided real score, anchor_weight times the squared distance to
+    what the student before made, reward_weight times what the reward lacks; on a flow."""
+    pipeline = Decoding(PROCESSES["flow"], (3, 2, 2), "flow")
+    weights: dict[str, Any] = {"score_weight": 0.6, "anchor_weight": 0.7, "reward_weight": 0.3, "score_guidance": 3.0}
+    method = ready(pipeline, segments=(), rewards=("near",), **weights)
+    for network in (method.student, method.anchor, method.fake_score):
+        torch.nn.init.normal_(network.network.leave.bias)
+    monkeypatch.setattr(hyper_sd, "shared_choice", lambda count, device: 0)
+    batch, one = prompted(pipeline, 16), torch.ones(16)
+    torch.manual_seed(3)
+    terms = method.loss(batch)
+    torch.manual_seed(3)
+    TSCD.loss(method, batch)
+    mask, null = batch.condition.inputs["components"], batch.condition.null.inputs["components"]
+    noise, t = torch.randn(16, 3, 2, 2), 0.02 + 0.96 * torch.rand(16)
+    x, wide = noise - method.student.network(noise, one, mask, None), t.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        xt = (1 - wide) * x + wide * torch.randn(16, 3, 2, 2)
+        yes, no = (pipeline.base(xt, t, which, None) for which in (mask, null))
+        fake, real = xt - wide * method.fake_score.network(xt, t, mask, None), xt - wide * (no + 3 * (yes - no))
+        pull = 0.6 * (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+        before = noise - method.anchor.network(noise, one, mask, None)
+    leave = method.student.network.leave.weight
+    gradients = [torch.autograd.grad(loss, leave, retain_graph=True)[0] for loss in (terms["dmd"], (x * pull).mean())]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(terms["anchor"], 0.7 * (x - before).square().mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(terms["reward"], 0.3 * (1 - nearness(2 * x, batch.prompts)).clamp_min(0).mean())
+
+
 def test_the_fake_score_learns_from_samples_of_one_step() -> None:
     pipeline = FakePipeline(TABLE, (3,))
     method, batch = ready(pipeline, segments=()), next(batches(pipeline, 8))

@@ -67,22 +67,19 @@ def test_approximate_r1_moves_the_very_samples_that_the_logits_belong_to() -> No
 
 
 def test_a_run_makes_every_update_and_counts_updates_not_turns() -> None:
+    """Of seven updates the critic moves in every third, from two halves of a batch: nine turns, of eighteen losses."""
     torch.manual_seed(0)
-    method, pipeline = Duel(), FakePipeline(False)
+    method, pipeline = Duel(critic_every=3), FakePipeline(False)
     method.setup(pipeline)
-    options = TrainConfig(steps=7, batch=4, lr=1e-2, log_every=1, checkpoint_every=0, ema=0.9)
+    options = TrainConfig(steps=7, batch=4, micro_batches=2, lr=1e-2, log_every=1, checkpoint_every=0, ema=0.9)
     loop = Trainer(method, fake_source(pipeline), options, device="cpu")
-    moved = 0
-
-    def count(*_: object) -> None:
-        nonlocal moved
-        moved += 1
-
-    slowest = max(method.players(), key=lambda player: player.every)
-    (turn,) = [turn for turn in loop.turns if turn.player.name == slowest.name]
-    turn.optimizer.register_step_post_hook(count)
+    moved: list[str] = []
+    for turn in loop.turns:
+        turn.optimizer.register_step_post_hook(lambda *_, name=turn.player.name: moved.append(name))
     loop.fit()
-    assert loop.step == 7 and moved == 7 // slowest.every
+    third = ["student"] * 3 + ["critic"]
+    assert loop.step == 7 and moved == [*third, *third, "student"]
+    assert len(method.moves) == 18
 
 
 def test_any_number_of_pictures_of_any_shape_makes_a_grid(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.analytic import Exact, Gaussian, Mixture
 from fastgen.critics import TransitionCritic
@@ -114,7 +114,7 @@ def test_the_losses_by_hand(objective: Any) -> None:
     """Two guided teacher steps against one of the student, on a flow, with the logarithms of the paper written out."""
     pipeline = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow")
     method, batch = ready(pipeline, objectives=(objective,), guidance=3.0), next(batches(pipeline, 16))
-    torch.nn.init.normal_(method.student.network.leave.bias)
+    nn.init.normal_(method.student.network.leave.bias)
     critic = critic_of(method)
     assert critic.paired == (objective == "conditional")
     losses = []
@@ -135,6 +135,52 @@ def test_the_losses_by_hand(objective: Any) -> None:
         p_real, p_fake = (by_hand(critic, x, t - 1 / 4, xt, t, batch.condition).sigmoid() for x in (real, fake))
         expected = [-p_real.log().mean() - (1 - p_fake).log().mean(), -p_fake.log().mean()]
     assert losses == pytest.approx([float(each) for each in expected], rel=1e-4)
+
+
+def test_the_penalty_and_the_squares_by_hand() -> None:
+    """r1_weight times the squared change of the logits of the teacher's ends under noise of 0.1 on them, and mse_weight times
+    max(SNR, 1) (x0 - x0*)^2 with x0* = x_t - t (x_t - x_end) / (t - t_end), progressive distillation's; on a flow."""
+    pipeline = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow")
+    method, batch = ready(pipeline, r1_weight=7.0, mse_weight=0.3), next(batches(pipeline, 16))
+    nn.init.normal_(method.student.network.leave.bias)
+    found = []
+    for player in method.players():
+        torch.manual_seed(9)
+        found.append(player.loss(batch))
+    torch.manual_seed(9)
+    assert batch.latents is not None
+    t = 1 - torch.randint(4, (16,)) / 4
+    wide, mask = t.view(-1, 1, 1, 1), batch.condition.inputs["components"]
+    xt = (1 - wide) * batch.latents + wide * torch.randn_like(batch.latents)
+    with torch.no_grad():
+        end = xt
+        for at in (t, t - 1 / 8):
+            end = end - pipeline.base(end, at, mask, None) / 8
+        near = end + 0.1 * torch.randn_like(end)
+        still, moved = (by_hand(critic_of(method), x, t - 1 / 4, xt, t, batch.condition) for x in (end, near))
+        x0 = xt - wide * method.student.network(xt, t, mask, None)
+        error = x0 - (xt - wide * (xt - end) * 4)
+        squares = (((1 - wide) / wide) ** 2).clamp_min(1) * error**2
+    assert float(found[0]["r1"].detach()) == pytest.approx(7 * float((moved - still).square().mean()), rel=1e-3)
+    assert float(found[1]["x0"].detach()) == pytest.approx(0.3 * float(squares.mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["conditional", "unconditional"])
+def test_an_undecided_critic_turns_round_when_real_and_fake_are_swapped(objective: Any) -> None:
+    """Where all logits are 0, -log D of the one and -log(1 - D) of the other have opposite slopes: the gradient flips."""
+    pipeline = FakePipeline(PROCESSES["flow"], (3, 4, 4), "flow")
+    method, batch = ready(pipeline, objectives=(objective,)), next(batches(pipeline, 16))
+    nn.init.normal_(method.student.network.leave.bias)
+    last = critic_of(method).heads.heads[0][-1]
+    for weight in last.parameters():
+        nn.init.zeros_(weight)
+    slopes = []
+    for order in (slice(None), slice(None, None, -1)):
+        method.views = lambda ends, level, order=order: (list(ends)[order], level)  # type: ignore[method-assign]
+        torch.manual_seed(2)
+        slopes.append(torch.autograd.grad(method.critic_loss(batch)["gan"], last.weight)[0])
+    assert slopes[0].abs().max() > 1e-3
+    torch.testing.assert_close(slopes[1], -slopes[0], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("process", ["vp", "flow", "trig"])
@@ -251,6 +297,37 @@ def test_eight_steps_in_one(objective: Any) -> None:
     # Measured 0.18 and 0.16, from 0.89 undistilled; the correlation is 0.98 for both.
     assert wasserstein(one, many) < 0.28 < 0.7 < wasserstein(first, many)
     assert torch.corrcoef(torch.stack([one[:, 0], many[:, 0]]))[0, 1] > 0.95
+
+
+class Turned(nn.Module):
+    """x0 = A z + b, begun as the teacher's own map of a Gaussian with its noise turned by a third of a circle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        cos, sin = -0.5, 0.75**0.5
+        self.matrix = nn.Parameter(0.5 * torch.tensor([[cos, -sin], [sin, cos]]))
+        self.shift = nn.Parameter(torch.tensor([0.8, -0.3]))
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor, guidance: Tensor | None) -> Tensor:
+        return x @ self.matrix.T + self.shift
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["conditional", "unconditional"])
+def test_the_conditional_critic_alone_says_which_noise_makes_which_sample(objective: Any) -> None:
+    """Begun with the right distribution and the wrong pairing, the student comes to the teacher's map or stays turned."""
+    p = PROCESSES["flow"]
+    teacher = Gaussian(torch.tensor([0.8, -0.3]), 0.5, p)
+    pipeline = FakePipeline(p, (2,), "x0", teacher=teacher, labels=1, width=32, networks={"student": Turned})
+    method = ready(pipeline, student_steps=(1,), objectives=(objective,), r1_weight=10.0, starts=1, adversarial_lr_scale=1.0)
+    train(method, batches(pipeline, 64, ("0",)), 800, 5e-3, betas=(0.0, 0.99))
+    condition, noise = pipeline.encode_prompts(["0"] * 2000), torch.randn(2000, 2)
+    with torch.no_grad():
+        one = method.sampler().sample(method.trained, noise, condition)
+    many = FewStep(even_times(8)).sample(teacher, noise, condition)
+    paired = nn.functional.cosine_similarity(one - one.mean(0), many - many.mean(0), 1).mean()
+    assert (one.mean(0) - many.mean(0)).abs().max() < 0.1 and (one.std(0) - many.std(0)).abs().max() < 0.1
+    assert paired > 0.9 if objective == "conditional" else paired < 0
 
 
 @pytest.mark.slow

@@ -101,10 +101,17 @@ def test_the_mean_flow_loss_by_hand(training: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_the_shortcut_loss_by_hand() -> None:
-    """The flow form of the paper: the mean of two velocities, the second from where the first leads."""
+@pytest.mark.parametrize("training", [False, True])
+def test_the_shortcut_loss_by_hand(training: bool) -> None:
+    """The flow form of the paper: the mean of two velocities, the second from where the first leads, and neither learns.
+
+    Where there is no step it is the guided teacher's velocity, or from data alone that of the very data and noise.
+    """
     pipeline = FakePipeline(PROCESSES["flow"], (3,), "flow")
-    method = woken(ready(Shortcut, pipeline, guidance=2.5, finest=8, bootstrap=0.5))
+    options: dict[str, Any] = {"training": True} if training else {"guidance": 2.5}
+    method = woken(ready(Shortcut, pipeline, finest=8, bootstrap=0.5, **options))
+    if training:
+        method.teacher = None  # nobody asks it
     batch = next(batches(pipeline, 32))
     assert batch.latents is not None
     torch.manual_seed(3)
@@ -126,13 +133,16 @@ def test_the_shortcut_loss_by_hand() -> None:
 
     with torch.no_grad():
         yes, no = (pipeline.base(x, t, which, None) for which in (mask, torch.ones_like(mask)))
-        target, half, which = yes + 1.5 * (yes - no), d[:long] / 2, mask[:long]
+        target, half, which = eps - batch.latents if training else yes + 1.5 * (yes - no), d[:long] / 2, mask[:long]
         told = torch.where(half == 1 / 8, 0.0, half)
         first = u(x[:long], t[:long], told, which)
         second = u(x[:long] - half[:, None] * first, t[:long] - half, told, which)
         target[:long] = ((first + second) / 2).clamp(-4, 4)
     expected = (u(x, t, d, mask) - target).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(loss, list(method.student.parameters()))
+    for a, b in zip(found, torch.autograd.grad(expected, list(method.student.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_every_share_of_long_steps_is_taken() -> None:

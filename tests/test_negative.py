@@ -59,6 +59,41 @@ def test_away_from_the_prompt_itself_is_less_of_it(name: str) -> None:
     torch.testing.assert_close(first[-1], 0.75 * first[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", STEERED[:3])
+def test_what_the_negative_prompt_finds_is_taken_away(name: str) -> None:
+    """Z = Attention(Q, K+, V+) - a Attention(Q, K-, V-) at the first cross-attention, in softmaxes written out, with the masks
+    of prompts of two lengths."""
+    pipeline = wrapped(name)
+    denoiser, prompts = pipeline.frozen(), ["a c e", "d"]
+    layer: Any = next(layer for key, layer in pipeline.network.named_modules() if key.endswith("attn2"))
+    asked: list[tuple[Any, ...]] = []
+    projected: list[Tensor] = []
+
+    def attention(states: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (x.unflatten(-1, (layer.heads, -1)) for x in (layer.to_q(states), layer.to_k(text), layer.to_v(text)))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        share = (scores if mask is None else scores + mask.view(len(mask), 1, 1, -1)).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", share, v).flatten(2)
+
+    def look(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        asked.append((args[0] if args else given["hidden_states"], given["encoder_hidden_states"], given.get("attention_mask")))
+
+    with layer.register_forward_pre_hook(look, with_kwargs=True):
+        call(pipeline, denoiser, ["b d"])
+        call(pipeline, denoiser, prompts)
+    with (
+        steered_away(denoiser, pipeline.encode_prompts(["b d"]), pipeline.latent_shape, 0.4),
+        layer.to_out[0].register_forward_hook(lambda module, args, output: projected.append(args[0])),
+    ):
+        call(pipeline, denoiser, prompts)
+    (_, negative, blind), (states, positive, mask) = asked
+    with torch.no_grad():
+        found = attention(states, positive, mask)
+        away = attention(states, negative.expand(2, -1, -1), None if blind is None else blind.expand(2, -1, -1))
+    torch.testing.assert_close(projected[-1], found - 0.4 * away, rtol=1e-4, atol=1e-5)
+    assert (found - away).abs().max() > 1e-2
+
+
 def test_an_adapted_student_is_steered_by_its_own_weights() -> None:
     pipeline = wrapped("StableDiffusionPipeline", roles={"student": "lora"}, lora=LoraOptions(rank=2))
     student, teacher, negative = pipeline.trainable("student"), pipeline.frozen(), pipeline.encode_prompts(["b"])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen.process import EDM, VP, Flow, Kind, Prediction, Process, Trig, dynamic_shift, shift_time, unshift_time
+from fastgen.process import EDM, VP, Flow, Kind, Prediction, Process, Trig, _nonzero, dynamic_shift, shift_time, unshift_time
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO_SNR = STABLE_DIFFUSION | {"rescale_betas_zero_snr": True}
@@ -263,3 +263,39 @@ def test_times_may_come_shaped_to_broadcast(name: str) -> None:
     flat, shaped = process.add_noise(x0, eps, t), process.add_noise(x0, eps, t.view(3, 1, 1, 1))
     torch.testing.assert_close(flat, shaped, atol=0, rtol=0)
     torch.testing.assert_close(process.add_noise(x0, eps, torch.tensor(0.5))[1], flat[1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", sorted(PROCESSES))
+def test_rounded_times_stay_within_the_process(name: str, dtype: torch.dtype) -> None:
+    """Whatever a time is rounded to, all that follows from it lies between what follows from 0 and from 1, and is finite."""
+    process, ends = PROCESSES[name], torch.tensor([0.0, 1.0], dtype=torch.float64)
+    t = torch.linspace(0, 1, 4001, dtype=torch.float64).to(dtype)
+    (alpha, sigma), (alphas, sigmas) = (process.coefficients(each, ends[:1]) for each in (t, ends))
+    snapped, told = process.snap(t), process.timestep(t.float())
+    back = process.time_at(process.ratio(t.double()))
+    least = torch.tensor(1 / process.steps).to(dtype) if isinstance(process, VP) else ends[0]
+    for found, between in (
+        (alpha, alphas),
+        (sigma, sigmas),
+        (told, process.timestep(ends).float()),
+        (back, ends),
+        (snapped, torch.stack([least.double(), ends[1]])),
+    ):
+        assert bool((found >= between.min()).all()) and bool((found <= between.max()).all())
+    torch.testing.assert_close(back, t.double(), atol=1.01e-6, rtol=0)  # so near to an entry a table means the entry
+    assert torch.equal(process.snap(snapped), snapped)
+    output, xt = torch.randn(2, len(t), 1)
+    for kind in KINDS:
+        prediction = Prediction(output, kind, xt, t, process)
+        assert all(getattr(prediction, each).isfinite().all() for each in ("x0", "eps", "v", "flow", "score"))
+
+
+def test_what_is_divided_by_keeps_its_sign() -> None:
+    """Where x0 is predicted the determinant is -sigma: near clean data too the noise points from alpha x0 to x_t."""
+    tiny = torch.tensor([-2.0, -1e-9, 0.0, 1e-9, 3.0])
+    assert _nonzero(tiny).tolist() == pytest.approx([-2.0, -1e-6, 1e-6, 1e-6, 3.0])
+    x0, xt = torch.randn(2, 5, 3)
+    for t in (1e-9, 1e-7, 1e-4):
+        prediction = Prediction(x0, "x0", xt, torch.full((5,), t), PROCESSES["flow"])
+        torch.testing.assert_close(prediction.eps, (xt - (1 - t) * x0) / max(t, 1e-6), rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import torch
 from fastgen.analytic import Gaussian, Mixture
 from fastgen.errors import UserError
 from fastgen.methods.lcm import LCM
+from fastgen.methods.tcd import TCD
 from fastgen.methods.tdd import TDD
 from fastgen.samplers import FewStep, even_times
 from tests.method_fakes import PROCESSES, TABLE, FakePipeline, batches, learn_teacher, train, wasserstein
@@ -69,6 +70,32 @@ def test_one_schedule_of_one_step_is_lcm() -> None:
         torch.manual_seed(4)
         found.append(float(method.loss(batch)["consistency"].detach()))
     assert abs(found[0] / found[1] - 1) < 1e-4
+
+
+def test_all_targets_are_tcd() -> None:
+    """Schedules of one to eight steps meet all points of a grid of eight: the ends are even over those that are not above r.
+
+    That is TCD's law on the grid, s ~ U{0 .. r}; ours, even between them too, comes to it where the share of r is rounded.
+    With the same ends the losses are one.
+    """
+    pipeline, everything = FakePipeline(TABLE, (3,), "v"), {"grid": 8, "steps_low": 1, "jitter": 0.0, **OFF}
+    tdd, tcd = ready(pipeline, **everything), TCD(grid=8, **OFF)
+    tcd.setup(pipeline)  # type: ignore[arg-type]
+    for start in range(8):
+        below = 7 - start  # points after r, of which the last is clean data
+        position, wanted = torch.full((40000,), start), torch.full((below + 1,), 1 / (below + 1))
+        share = tcd.end(position) / tcd.times[start + 1] if below else torch.zeros(40000)
+        ends = (8 * tdd.end(position)).round(), (share * (below + 1)).floor().clamp(max=below)
+        for each in ends:
+            found = torch.bincount(each.long(), minlength=below + 1) / 40000
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0.015)  # six standard deviations
+    batch, found = next(batches(pipeline, 256)), []
+    tdd.student, tcd.target = tcd.student, None
+    tcd.end = tdd.end  # type: ignore[method-assign]
+    for method in (tdd, tcd):
+        torch.manual_seed(4)
+        found.append(method.loss(batch)["consistency"].detach())
+    assert torch.equal(*found)
 
 
 def test_guidance_is_decoupled() -> None:
