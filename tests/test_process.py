@@ -274,13 +274,16 @@ def test_rounded_times_stay_within_the_process(name: str, dtype: torch.dtype) ->
     (alpha, sigma), (alphas, sigmas) = (process.coefficients(each, ends[:1]) for each in (t, ends))
     snapped, told = process.snap(t), process.timestep(t.float())
     back = process.time_at(process.ratio(t.double()))
-    least = torch.tensor(1 / process.steps).to(dtype) if isinstance(process, VP) else ends[0]
+    least, most = process.timestep(ends).tolist()
+    first = ends[:1]
+    if isinstance(process, VP):  # which has entries alone
+        least, most, first = 0.0, process.steps - 1.0, torch.tensor([1 / process.steps]).to(dtype).double()
     for found, between in (
         (alpha, alphas),
         (sigma, sigmas),
-        (told, process.timestep(ends).float()),
+        (told, torch.tensor([least, most])),
         (back, ends),
-        (snapped, torch.stack([least.double(), ends[1]])),
+        (snapped, torch.cat([first, ends[1:]])),
     ):
         assert bool((found >= between.min()).all()) and bool((found <= between.max()).all())
     torch.testing.assert_close(back, t.double(), atol=1.01e-6, rtol=0)  # so near to an entry a table means the entry
