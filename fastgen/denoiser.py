@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -66,9 +67,8 @@ Groups = Callable[[Condition], list[Tensor]]
 
 def sharded(module: nn.Module) -> bool:
     """Whether FSDP2 has cut a module's weights over the processes."""
-    from torch.distributed.fsdp import FSDPModule  # takes seconds to import
-
-    return isinstance(module, FSDPModule)
+    package = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported where anything is cut
+    return package is not None and isinstance(module, package.FSDPModule)
 
 
 def features_of(

@@ -62,8 +62,9 @@ class Method(ABC):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts"})
 
-    def reason(self, need: Need) -> str:
-        """Which of its options makes a method need that, and how to do without; empty where it always does."""
+    @property
+    def why_images(self) -> str:
+        """Which of its options makes a method need images, and how to do without; empty where it always does."""
         return ""
 
     @abstractmethod

@@ -211,6 +211,12 @@ class MeanVelocity(FewStep):
 PREDICTION_TYPES: dict[Kind, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 """What diffusers' schedulers for a table call the kinds of output."""
 
+TIMESTEP_SCALING = 10.0
+"""How fast the skip to the input fades in latent consistency models: the default of diffusers' LCMScheduler."""
+
+OWN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+"""Keeps a scheduler from replacing the levels that it is given."""
+
 
 def fewer_calls(trained: int, steps: int | None) -> int:
     """The number of a student's `trained` calls that are made for `steps`, evenly; None: all.
@@ -222,13 +228,6 @@ def fewer_calls(trained: int, steps: int | None) -> int:
         fit = [count for count in range(1, trained + 1) if trained % count == 0]
         raise UserError(f"this student was trained for {', '.join(map(str, fit))} steps, not for {steps}")
     return steps
-
-
-TIMESTEP_SCALING = 10.0
-"""How fast the skip to the input fades in latent consistency models: the default of diffusers' LCMScheduler."""
-
-OWN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-"""Keeps a scheduler from replacing the levels that it is given."""
 
 
 def _original_steps(table: int, timesteps: list[int]) -> int | None:

@@ -224,17 +224,17 @@ def toy_pool(number: int, seed: int, *, split: str = "train") -> tuple[Tensor, l
     return render(scenes, generator), caption(scenes, generator)
 
 
-def check_files(data: DataConfig, needs: Collection[Need], reason: Callable[[Need], str] = lambda need: "") -> None:
+def check_files(data: DataConfig, needs: Collection[Need], why_images: str = "") -> None:
     """Raise UserError for prompts or pictures that a run needs and that are not there, before a model is loaded.
 
-    `reason` says why the method needs them (`Method.reason`).
+    `why_images` is the method's own reason, where it has one (`Method.why_images`).
     """
     bad = BadSamples(data.bad_samples)
     if "images" in needs:
         if not data.images:
             wanted = "a folder of pictures with a .txt caption beside each, .tar shards, or a dataset"
-            why = reason("images")
-            raise UserError(f"data.images is missing; this method needs {wanted}{why and f' (method.{why})'}")
+            why = f" (method.{why_images})" if why_images else ""
+            raise UserError(f"data.images is missing; this method needs {wanted}{why}")
         if data.images != TOY:
             find_pictures(data, bad)
     elif data.prompts != TOY:

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from fastgen.errors import UserError
 from fastgen.losses import contrast, nonsaturating_student, record_scores
-from fastgen.method import Batch, Loss, Need
+from fastgen.method import Batch, Loss
 from fastgen.methods.dmd2 import DMD2
 from fastgen.pipelines.base import Pipeline
 
@@ -61,8 +61,9 @@ class FDistill(DMD2):
         if self.ratio_low >= self.ratio_high:
             raise UserError(f"ratio_low = {self.ratio_low:g} must be below ratio_high = {self.ratio_high:g}")
 
-    def reason(self, need: Need) -> str:
-        return ""
+    @property
+    def why_images(self) -> str:
+        return f"gan_weight = {self.gan_weight:g} shows a critic real pictures; dmd2 can do without"
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

@@ -93,8 +93,9 @@ class LADD(Adversarial):
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         return frozenset({"prompts", "pairs" if self.real == "synthetic" else "images"})
 
-    def reason(self, need: Need) -> str:
-        return 'real = "images" asks for them; "synthetic" takes the teacher\'s own samples' if need == "images" else ""
+    @property
+    def why_images(self) -> str:
+        return 'real = "images" asks for them; "synthetic" takes the teacher\'s own samples'
 
     def make_critic(self, pipeline: Pipeline) -> FeatureCritic:
         layers = self.layers or layers_for("ladd", pipeline, "name some of its network's in layers")

@@ -72,8 +72,9 @@ class SiDFewStep(ScoreIdentity):
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         return frozenset({"prompts", "images"} if self.gan_weight else {"prompts"})
 
-    def reason(self, need: Need) -> str:
-        return f"gan_weight = {self.gan_weight:g} shows a critic real pictures; 0 does without" if need == "images" else ""
+    @property
+    def why_images(self) -> str:
+        return f"gan_weight = {self.gan_weight:g} shows a critic real pictures; 0 does without"
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

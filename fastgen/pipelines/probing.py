@@ -75,11 +75,11 @@ def record(
     With `pretend`, zeros answer in the network's place. `frames` is the number of a video's, by default the pipeline's own.
     `alone`: the pipeline is given the only prompt by itself, not a list of it.
     """
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
     index = after
     calls: list[dict[str, Any]] = []
     outputs: list[Any] = []
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
     reached: dict[str, Any] = {}
     forward, step = network.forward, pipeline.scheduler.step
     signature = inspect.signature(forward)

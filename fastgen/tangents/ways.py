@@ -58,9 +58,9 @@ def derivative(
     "plain" differ in rounding alone, "plain" being torch's forward mode as it is. Differences have an error of O(step^2),
     O(step) within a step of the ends of time, and one of rounding, O(1e-7 / step): through times told in thousandths
     a tenth of the derivative at a step of 1e-3, a thousandth at 1e-4 (benchmarks/results/jvp.json). "central" makes
-    two calls, "semi" two and one in forward mode. Of weights in bfloat16 the rounding is a twelfth of the derivative at a step
-    of 0.02, a sixth at 0.01, and more than all of it at 1e-3 (the toy teacher). Raises UserError for finer differences than
-    0.01 of such weights.
+    two calls, "semi" two and one in forward mode. The rounding of weights in bfloat16 is less than a quarter of the derivative
+    at a step of 0.02, to which a test holds it, and grows as the step shrinks. Raises UserError for finer differences than 0.01
+    of such weights.
     """
     x, t, dx = wide(x), wide(t), wide(dx)
     network = network_of(denoiser)

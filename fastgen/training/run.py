@@ -93,7 +93,7 @@ def distill(
     place = torch.device(device) if device else accelerator.device
     reporter = Reporter(quiet=quiet or rank() > 0, images=config.train.batch * processes())
     try:
-        check_files(config.data, config.method.needs, config.method.reason)
+        check_files(config.data, config.method.needs, config.method.why_images)
         threads = threads_for(config, start, place)
         torch.set_num_threads(threads)
         reporter.say(f"loading {config.pipeline} ({threads} CPU thread{'s' * (threads > 1)}, {place})")
