@@ -24,6 +24,11 @@ Kind = Literal["x0", "eps", "v", "flow"]
 SMALLEST = 1e-6
 
 
+def _single(x: Tensor) -> torch.dtype:
+    """The precision of `x`, single at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Process(ABC):
     """A forward process; subclasses say alpha and sigma."""
 
@@ -41,7 +46,7 @@ class Process(ABC):
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """`t` as diffusers' networks and schedulers count it, float."""
+        """`t` as diffusers' networks and schedulers count it, float32 at least."""
 
     @abstractmethod
     def time(self, timestep: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ class Process(ABC):
 
     def ratio(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio sigma / alpha; infinite where there is no signal."""
-        return self.sigma(t) / self.alpha(t)
+        return self.sigma(t) / self.alpha(t).clamp_min(0)  # the rounded cosine of pi / 2 is negative
 
     def initial_scale(self, t: Tensor) -> Tensor:
         """By what unit noise is multiplied to start sampling at `t`; 1 unless the process explodes."""
@@ -61,7 +66,7 @@ class Process(ABC):
 
     def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at `t`, shaped to broadcast against `x`, in `x`'s precision but float32 at least."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = _single(x)
         wide = t.double().view(t.shape + (1,) * (x.ndim - t.ndim))
         return self.alpha(wide).to(dtype), self.sigma(wide).to(dtype)
 
@@ -78,7 +83,7 @@ class Process(ABC):
         alpha_t, sigma_t = self.coefficients(t, wide)
         scale = alpha_t / alpha_s.clamp_min(SMALLEST)
         fresh = (sigma_t**2 - (scale * sigma_s) ** 2).clamp_min(0).sqrt()
-        dtype = torch.promote_types(xs.dtype, torch.float32)
+        dtype = _single(xs)
         return scale.to(dtype) * xs + fresh.to(dtype) * eps
 
     def target(self, kind: Kind, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -123,7 +128,7 @@ class VP(Process):
         return torch.sin(self.angle(t)).to(t.dtype)
 
     def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = _single(x)
         angle = self.angle(t.view(t.shape + (1,) * (x.ndim - t.ndim)))  # once for both
         return torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
 
@@ -135,10 +140,10 @@ class VP(Process):
         return (place / self.steps).to(ratio.dtype)
 
     def timestep(self, t: Tensor) -> Tensor:
-        return (self._place(t) - 1).clamp_min(0).to(t.dtype)
+        return (self._place(t) - 1).clamp_min(0).to(_single(t))
 
     def time(self, timestep: Tensor) -> Tensor:
-        return (timestep.double() + 1).div(self.steps).to(torch.promote_types(timestep.dtype, torch.float32))
+        return (timestep.double() + 1).div(self.steps).to(_single(timestep))
 
     def snap(self, t: Tensor) -> Tensor:
         return (t * self.steps).round().clamp(1, self.steps) / self.steps
@@ -161,7 +166,7 @@ class Flow(Process):
         return 1 / (1 + 1 / ratio)
 
     def timestep(self, t: Tensor) -> Tensor:
-        return t * self.timesteps
+        return t.to(_single(t)) * self.timesteps
 
     def time(self, timestep: Tensor) -> Tensor:
         return timestep / self.timesteps
@@ -180,7 +185,7 @@ class Trig(Process):
         return torch.atan(ratio) / (math.pi / 2)
 
     def timestep(self, t: Tensor) -> Tensor:
-        return t * (math.pi / 2)
+        return t.to(_single(t)) * (math.pi / 2)
 
     def time(self, timestep: Tensor) -> Tensor:
         return timestep / (math.pi / 2)
@@ -202,7 +207,7 @@ class EDM(Process):
         return ((ratio ** (1 / self.rho) - self.low) / (self.high - self.low)).clamp(0, 1)
 
     def timestep(self, t: Tensor) -> Tensor:
-        return self.sigma(t).log() / 4
+        return self.sigma(t.to(_single(t))).log() / 4
 
     def time(self, timestep: Tensor) -> Tensor:
         return self.time_at((timestep * 4).exp())
@@ -235,11 +240,6 @@ def _combination(kind: Kind, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tens
     return {"x0": (one, zero), "eps": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}[kind]
 
 
-def _nonzero(value: Tensor) -> Tensor:
-    """Keep the sign, keep away from zero."""
-    return torch.where(value < 0, value.clamp_max(-SMALLEST), value.clamp_min(SMALLEST))
-
-
 @dataclass
 class Prediction:
     """A network's output at (x_t, t), readable as any parameterisation.
@@ -259,11 +259,13 @@ class Prediction:
         """x0 and eps, both of x_t's shape."""
         alpha, sigma = self.process.coefficients(self.t, self.xt)
         xt, output = self.xt.to(alpha.dtype), self.output.to(alpha.dtype)
+        if self.kind == "x0":
+            return output, (xt - alpha * output) / sigma.clamp_min(SMALLEST)
+        if self.kind == "eps":
+            return (xt - sigma * output) / alpha.clamp_min(SMALLEST), output
         a, b = _combination(self.kind, alpha, sigma)
-        determinant = _nonzero(alpha * b - sigma * a)
-        x0 = output if self.kind == "x0" else (b * xt - sigma * output) / determinant
-        eps = output if self.kind == "eps" else (alpha * output - a * xt) / determinant
-        return x0, eps
+        determinant = alpha * b - sigma * a  # alpha^2 + sigma^2 or alpha + sigma: never small
+        return (b * xt - sigma * output) / determinant, (alpha * output - a * xt) / determinant
 
     @property
     def x0(self) -> Tensor:
@@ -294,7 +296,7 @@ class Prediction:
     def read_as(self, kind: Kind) -> Tensor:
         """The same prediction in another parameterisation."""
         if kind == self.kind:
-            return self.output.to(torch.promote_types(self.output.dtype, torch.float32))
+            return self.output.to(_single(self.output))
         x0, eps = self.solve()
         return self.process.target(kind, x0, eps, self.t)
 

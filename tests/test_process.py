@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen.process import EDM, VP, Flow, Kind, Prediction, Process, Trig, _nonzero, dynamic_shift, shift_time, unshift_time
+from fastgen.process import EDM, VP, Flow, Kind, Prediction, Process, Trig, dynamic_shift, shift_time, unshift_time
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO_SNR = STABLE_DIFFUSION | {"rescale_betas_zero_snr": True}
@@ -294,11 +294,21 @@ def test_rounded_times_stay_within_the_process(name: str, dtype: torch.dtype) ->
         assert all(getattr(prediction, each).isfinite().all() for each in ("x0", "eps", "v", "flow", "score"))
 
 
-def test_what_is_divided_by_keeps_its_sign() -> None:
-    """Where x0 is predicted the determinant is -sigma: near clean data too the noise points from alpha x0 to x_t."""
-    tiny = torch.tensor([-2.0, -1e-9, 0.0, 1e-9, 3.0])
-    assert _nonzero(tiny).tolist() == pytest.approx([-2.0, -1e-6, 1e-6, 1e-6, 3.0])
-    x0, xt = torch.randn(2, 5, 3)
-    for t in (1e-9, 1e-7, 1e-4):
-        prediction = Prediction(x0, "x0", xt, torch.full((5,), t), PROCESSES["flow"])
-        torch.testing.assert_close(prediction.eps, (xt - (1 - t) * x0) / max(t, 1e-6), rtol=1e-4, atol=1e-4)
+def test_at_the_ends_the_unseen_part_keeps_its_direction() -> None:
+    """The noise points from alpha x0 to x_t, the sample from sigma eps to x_t, also where nothing of either is in x_t."""
+    process, (known, xt) = PROCESSES["flow"], torch.randn(2, 5, 3, dtype=torch.float64)
+    for t in (0.0, 1e-9, 1e-7, 1e-4):
+        direction = (xt - (1 - t) * known) / max(t, 1e-6)
+        clean, noisy = filled(t, 5), filled(1 - t, 5)
+        torch.testing.assert_close(Prediction(known, "x0", xt, clean, process).eps, direction)
+        torch.testing.assert_close(Prediction(known, "eps", xt, noisy, process).x0, direction)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", sorted(PROCESSES))
+def test_both_ends_are_themselves_in_every_precision(name: str, dtype: torch.dtype) -> None:
+    process, ends = PROCESSES[name], torch.tensor([0.0, 1.0], dtype=dtype)
+    exact = process.timestep(ends.double())
+    torch.testing.assert_close(process.timestep(ends).double(), exact, rtol=1e-5, atol=0)
+    if dtype.itemsize > 2:
+        torch.testing.assert_close(process.time_at(process.ratio(ends)), ends, atol=1e-6, rtol=0)
