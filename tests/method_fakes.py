@@ -138,7 +138,10 @@ class FakePipeline:
 
 
 def learn_teacher(pipeline: FakePipeline, updates: int, size: int = 128, lr: float = 3e-3) -> None:
-    """Train the base network towards the closed-form teacher, so that students start as good denoisers, as they do in life."""
+    """Train the base network towards the closed-form teacher, so that students start as good denoisers, as they do in life.
+
+    It sees prompts of one component each; what several together mean it makes out of those.
+    """
     teacher, base = pipeline.teacher, copy.deepcopy(pipeline.base).requires_grad_(True)
     assert teacher is not None
     optimizer = torch.optim.Adam(base.parameters(), lr)

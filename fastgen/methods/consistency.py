@@ -27,7 +27,8 @@ class ConsistencyModel(Consistency):
 
     Differences from the authors' code: Heun's method goes by the angle atan2(sigma, alpha), not by EDM's sigma, and is exact,
     as DDIM is, where clean estimate and noise do not change; the distance is pseudo-Huber's by elements, not LPIPS; ratios for
-    data of unit deviation are drawn (`mean` is ECT's plus ln 2). As theirs, the last step, to clean data, is of first order.
+    data of unit deviation are drawn (`mean` is ECT's plus ln 2), and those beyond the end of a noise table are moved to its
+    end. As theirs, the last step, to clean data, is of first order.
     """
 
     teacher: bool = field(default=True, metadata={"help": "distil the pipeline; false: train its student on data alone"})

@@ -22,9 +22,10 @@ class SCM(ContinuousConsistency):
 
     Differences from the paper: a student that is not told its guidance follows one fixed scale; the norm of the tangent is the
     root mean square, the same for every size of latents; the law of the angles is SANA-Sprint's, made for text-to-image
-    latents; there is no weight over angles unless it is asked for, since a normalised tangent has one size at all of them and
-    the learnt weight would only take the prior one back; it is linear in waves of the angle, and bounded. The paper's changes
-    to the network (normalisation of the time embedding, no high frequencies) are left to whoever makes the teacher.
+    latents, and of those beyond the end of a noise table the network is told its last timestep; there is no weight over angles
+    unless it is asked for, since a normalised tangent has one size at all of them and the learnt weight would only take the
+    prior one back; it is linear in waves of the angle, and bounded. The paper's changes to the network (normalisation of the
+    time embedding, no high frequencies) are left to whoever makes the teacher.
     """
 
     training: bool = field(default=False, metadata={"help": "learn from data alone, without the teacher's trajectories"})
