@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from fastgen.denoiser import Condition, Denoiser
+from fastgen.errors import UserError
 from fastgen.pipelines.base import Pipeline
 from fastgen.samplers import Sampler
 
@@ -66,6 +67,18 @@ class Method(ABC):
     def why_images(self) -> str:
         """Which of its options makes a method need images, and how to do without; empty where it always does."""
         return ""
+
+    @property
+    def teacher_guidance(self) -> float | None:
+        """At which scale the teacher is shown and measured beside the student, once `setup` is done; None is its own."""
+        return getattr(self, "guidance", None)
+
+    def refuse_idle(self, why: str, *options: str) -> None:
+        """Raise UserError for the first of `options` that was set, since `why` ("with gan_weight = 0") it would do nothing."""
+        usual = {each.name: each.default for each in fields(self)}
+        for name in options:
+            if (value := getattr(self, name)) != usual[name]:
+                raise UserError(f"{name} = {value!r} is without effect {why}; drop one")
 
     @abstractmethod
     def setup(self, pipeline: Pipeline) -> None:

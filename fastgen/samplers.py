@@ -79,9 +79,12 @@ class FewStep(Sampler):
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
-            raise ValueError(f"sampling times must decrease, got {self.times}")
-        if not (self.times[-1] > 0 and self.times[0] <= 1 and 0 <= self.gamma <= 1):
-            raise ValueError(f"sampling times must lie in (0, 1] and gamma in [0, 1], got {self.times} and {self.gamma}")
+            shown = [round(time, 4) for time in self.times[:8]] + ["..."] * (len(self.times) > 8)
+            raise UserError(f"the times of {len(self.times)} calls must decrease, not {shown}; other steps or shift may do")
+        if not (self.times[-1] > 0 and self.times[0] <= 1):
+            raise UserError(f"the times of calls must lie above 0 and up to 1, not {self.times[0]:g} to {self.times[-1]:g}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], not be {self.gamma}")
         if self.guidance < 1:
             raise UserError(f"the guidance scale of a sampler must be at least 1, which means none, not {self.guidance:g}")
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastgen.errors import UserError
+from fastgen.schema import nearest
+
 __all__ = ["Taps"]
 
 
@@ -40,7 +43,7 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for name in self.layers:
-            self.handles.append(self.network.get_submodule(name).register_forward_hook(self._keep(name)))
+            self.handles.append(self._layer(name).register_forward_hook(self._keep(name)))
         tapped = list(self.layers)
         if self.place is not None and self.added is not None:
             tapped.append(self.place)
@@ -55,6 +58,13 @@ class Taps:
             return False
         traceback.clear_frames(trace)  # and with them what the layers that were left still hold
         return True
+
+    def _layer(self, name: str) -> nn.Module:
+        try:
+            return self.network.get_submodule(name)
+        except AttributeError:
+            names = [known for known, _ in self.network.named_modules() if known]
+            raise UserError(f"{type(self.network).__name__} has no layer {name!r}{nearest(name, names)}") from None
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

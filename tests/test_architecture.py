@@ -21,7 +21,7 @@ MAY_IMPORT = {  # room -> the rooms of fastgen that it may know; a room is a mod
     "schema":    {"errors"},
     "process":   {"errors"},
     "condition": set(),
-    "taps":      set(),
+    "taps":      {"errors", "schema"},
     "denoiser":  {"errors", "process", "condition", "taps"},
     "samplers":  {"errors", "process", "denoiser"},
     "losses":    CORE,

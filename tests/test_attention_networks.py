@@ -136,6 +136,14 @@ def test_copies_have_the_kernel_and_go_their_own_way(pipelines: dict[str, Pipeli
     assert (kernel_of(twin), kernel_of(network)) == ("native_math", "native")
 
 
+@pytest.mark.parametrize("embeds", [False, True])
+def test_students_have_the_kernel_also_where_they_are_rebuilt(pipelines: dict[str, Pipeline], embeds: bool) -> None:
+    pipeline = pipelines["sd15"]
+    with kernel_set(pipeline.network, "native_math"):
+        student = pipeline.trainable("student", guidance_embedding=embeds)
+    assert student.embeds_guidance == embeds and kernel_of(student.network) == "native_math"
+
+
 def test_diffusers_own_switch_works_on_what_was_switched(pipelines: dict[str, Pipeline], calls_seen: list[str]) -> None:
     pipeline = pipelines["sd15"]
     with kernel_set(pipeline.network, "native_math"):

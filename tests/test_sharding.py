@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from fastgen.config import TrainConfig
+from fastgen.errors import UserError
+from fastgen.methods.lcm import LCM
+from fastgen.training.sharding import Sharding
+from tests.method_fakes import PROCESSES, FakePipeline
 from tests.process_worlds import together, train
 from tests.test_processes import METHODS, OPTIONS, compare, losses, run
 
@@ -95,3 +99,13 @@ def test_a_sharded_run_goes_on_in_one_process_and_in_two(name: str, lora: bool, 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_sharded_run_goes_on_in_four_processes(name: str, lora: bool, tmp_path: Path) -> None:
     check_resuming(name, lora, [(4, "fsdp"), (4, "none")], tmp_path)
+
+
+def test_a_network_that_is_called_by_lengths_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many calls it takes is each process' own affair, and what is cut is gathered by all of them together."""
+    monkeypatch.setattr("fastgen.training.sharding.processes", lambda: 2)
+    method = LCM()
+    method.setup(FakePipeline(PROCESSES["flow"], (2,)))  # type: ignore[arg-type]
+    method.student.groups = lambda condition: []
+    with pytest.raises(UserError, match="the same calls in all processes"):
+        Sharding(method, TrainConfig(sharding="fsdp"), torch.device("cpu"))

@@ -34,6 +34,15 @@ def layers_for(option: str, pipeline: Pipeline, remedy: str = "set it to 0") -> 
     return pipeline.feature_layers
 
 
+def require_others(option: str, count: int) -> None:
+    """Raise UserError where a part of a batch has a single sample, and so no other's text that `option` could take."""
+    if count < 2:
+        raise UserError(
+            f"{option} takes texts of other samples, and parts of a batch have {count} sample; "
+            "lower train.micro_batches or raise train.batch"
+        )
+
+
 def feature_critic(
     pipeline: Pipeline, backbone: Predicts, layers: Sequence[str], *, width: int = 1280, conditioned: bool = False
 ) -> FeatureCritic:

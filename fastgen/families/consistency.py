@@ -51,7 +51,8 @@ class Consistency(Method):
     guidance_high: float = field(default=15.0, metadata={"help": "greatest guidance scale of the teacher"})
     embed_guidance: bool = field(default=False, metadata={"help": "make the guidance scale an input of the student"})
     guidance: float | None = field(
-        default=None, metadata={"help": "the student's scale in sampling, where it takes one; none: the pipeline's own"}
+        default=None,
+        metadata={"help": "the student's scale in sampling, where it takes one; none: the pipeline's own", "at_least": 1},
     )
     prompt_dropout: float = field(
         default=0.0,
@@ -69,13 +70,11 @@ class Consistency(Method):
     most_steps: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
-        trained = f"guidance_low = {self.guidance_low:g} to guidance_high = {self.guidance_high:g}"
         if not 1 <= self.guidance_low <= self.guidance_high:
             low, high = f"guidance_low = {self.guidance_low:g}", f"guidance_high = {self.guidance_high:g}"
             raise UserError(f"{low} must be at least 1 and at most {high}")
-        told = self.embed_guidance or not self.prompt_dropout
-        if self.guidance is not None and told and not self.guidance_low <= self.guidance <= self.guidance_high:
-            raise UserError(f"guidance = {self.guidance:g} is outside what the student is trained for, {trained}")
+        if self.embed_guidance or not self.prompt_dropout:
+            self.refuse_untrained()
         if not 1 <= self.steps <= self.most_steps:
             raise UserError(f"steps must be 1 to {self.most_steps}, not {self.steps}")
         if self.grid < self.most_steps:
@@ -86,6 +85,12 @@ class Consistency(Method):
             raise UserError(f"huber_c must be above 0, not {self.huber_c:g}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay:g}")
+
+    def refuse_untrained(self) -> None:
+        """Raise UserError for a guidance that a student is never told in training."""
+        if self.guidance is not None and not self.guidance_low <= self.guidance <= self.guidance_high:
+            trained = f"guidance_low = {self.guidance_low:g} to guidance_high = {self.guidance_high:g}"
+            raise UserError(f"guidance = {self.guidance:g} is outside what the student is trained for, {trained}")
 
     def setup(self, pipeline: Pipeline) -> None:
         points = f"grid = {self.grid} times solver_steps = {self.solver_steps}"
@@ -103,6 +108,7 @@ class Consistency(Method):
     def _told(self, pipeline: Pipeline) -> float:
         """The guidance scale of the student in sampling."""
         if self.student.embeds_guidance:
+            self.refuse_untrained()
             scale = pipeline.default_guidance if self.guidance is None else self.guidance
             return min(max(scale, self.guidance_low), self.guidance_high)
         if self.guidance is not None and not self.prompt_dropout:
@@ -111,6 +117,13 @@ class Consistency(Method):
                 "prompt_dropout above 0, which teaches it what to guide away from"
             )
         return 1.0 if self.guidance is None else self.guidance
+
+    @property
+    def teacher_guidance(self) -> float | None:
+        if self.student.embeds_guidance:
+            return self.told
+        # `guidance` is the student's; what it has taken in besides is the teacher's, if that is one number.
+        return max(self.told, self.guidance_low) if self.guidance_low == self.guidance_high else self.guidance
 
     def players(self) -> Sequence[Player]:
         return [Player("student", self.student, self.loss)]

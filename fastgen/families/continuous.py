@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Condition, Guided, Predicts, Retimed
 from fastgen.errors import UserError
+from fastgen.families.derivatives import TakesDerivatives
 from fastgen.losses import squared, wide
-from fastgen.method import Batch, Loss, Method, Need, Player
+from fastgen.method import Batch, Loss, Need, Player
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Process, Trig
 from fastgen.samplers import FewStep
-from fastgen.tangents import Way, answer_and_derivative
+from fastgen.tangents import answer_and_derivative
 
 RIGHT = math.pi / 2
 TRIG = Trig()
@@ -83,7 +84,7 @@ class AdaptiveWeight(nn.Module):
 
 
 @dataclass
-class ContinuousConsistency(Method):
+class ContinuousConsistency(TakesDerivatives):
     """A student whose tangent along the guided teacher's trajectories is brought to zero.
 
     After `setup` there are `student`, `flow` (the student in TrigFlow), `teacher` (guided, in TrigFlow), `times` (of the
@@ -115,16 +116,6 @@ class ContinuousConsistency(Method):
         default="none",
         metadata={"help": "weight over angles: none, prior (1 / (sigma_data tan)), adaptive (that times a learnt one)"},
     )
-    tangent: Way = field(
-        default="exact",
-        metadata={"help": "how derivatives are taken: exact, plain (by torch alone), or by differences: central, semi"},
-    )
-    tangent_step: float = field(
-        default=1e-3, metadata={"help": "half the step of differences, in time from 0 to 1", "above": 0}
-    )
-    one_pass: bool = field(
-        default=True, metadata={"help": "an exact derivative comes with the answer that is trained, not from a pass of its own"}
-    )
 
     family: ClassVar[str] = "consistency"
     needs: ClassVar[frozenset[Need]] = frozenset({"prompts", "images"})
@@ -135,6 +126,9 @@ class ContinuousConsistency(Method):
         falling = all(a > b for a, b in pairwise(self.angles))
         if self.angles and not (falling and self.angles[-1] > 0 and self.angles[0] <= RIGHT + 1e-4):
             raise UserError(f"angles must decrease, from pi / 2 = {RIGHT:.4f} at most and above 0, not {list(self.angles)}")
+        if self.angles and len(self.angles) != self.steps:
+            self.refuse_idle(f"beside angles = {list(self.angles)}", "steps")
+        self.check_derivatives()
         if self.guidance is not None and self.guidance_scales:
             low, high = min(self.guidance_scales), max(self.guidance_scales)
             if not low <= self.guidance <= high:

@@ -73,6 +73,8 @@ class ScoreDistillation(Method):
         decreasing = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
         if self.timesteps and (not decreasing or self.timesteps[-1] < 0):
             raise UserError(f"timesteps must decrease and not be negative, not {list(self.timesteps)}")
+        if self.timesteps and len(self.timesteps) != self.steps:
+            self.refuse_idle(f"beside timesteps = {list(self.timesteps)}", "steps")
         if self.timesteps and self.shift != 1:
             raise UserError(
                 f"timesteps = {list(self.timesteps)} are taken as they are, without shift = {self.shift:g}; drop one"

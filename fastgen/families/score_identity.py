@@ -89,6 +89,8 @@ class ScoreIdentity(ScoreDistillation):
         super().__post_init__()
         if self.weight not in get_args(Weight):
             raise UserError(f"weight must be one of {', '.join(get_args(Weight))}, not {self.weight!r}")
+        if self.noise_law == "logit_normal":
+            self.refuse_idle('with noise_law = "logit_normal", which is of all times', "low", "high")
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

@@ -60,6 +60,8 @@ class ADD(Adversarial):
         super().__post_init__()
         if self.weighting == "nfsd" and self.distill_in == "pixels":
             raise UserError('weighting = "nfsd" is a gradient, not a distance: distill_in = "pixels" must be "latents" for it')
+        if self.weighting != "nfsd":
+            self.refuse_idle(f'with weighting = "{self.weighting}"', "negative_prompt")
         if not 0 <= self.low < self.high <= 1:
             raise UserError(f"low = {self.low:g} and high = {self.high:g} must be times, 0 <= low < high <= 1")
 
@@ -73,6 +75,8 @@ class ADD(Adversarial):
         backbone = load_backbone(self.backbone, self.backbone_weights, size=self.backbone_size, device=self.device)
         with torch.no_grad():
             image = self.decode(torch.zeros(1, *pipeline.latent_shape, device=self.device))
+            if image.ndim != 4:
+                raise UserError(f"add looks at pictures, and this pipeline makes videos, {list(image.shape[1:])}; take ladd")
             facts = [pooled_text(pipeline.encode_prompts([""]))] if self.text_known else []
             known = sum(each.shape[1] for each in facts if each is not None)
             known += backbone(image.float())[-1].shape[1] if self.image_known else 0

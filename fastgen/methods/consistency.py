@@ -45,7 +45,9 @@ class ConsistencyModel(Consistency):
     )
     mean: float = field(default=-0.4, metadata={"help": "without a teacher: mean of the log of the noise-to-signal ratio"})
     std: float = field(default=2.0, metadata={"help": "without a teacher: deviation of that logarithm", "above": 0})
-    halvings: int = field(default=8, metadata={"help": "without a teacher: stages, each halving the distance", "at_least": 1})
+    halvings: int = field(
+        default=8, metadata={"help": "without a teacher: stages, each halving the distance", "at_least": 1, "at_most": 10}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +58,15 @@ class ConsistencyModel(Consistency):
             )
         if not self.teacher and self.embed_guidance:
             raise UserError("embed_guidance = true needs a guided teacher, and teacher = false leaves none")
+        if self.teacher:
+            self.refuse_idle("with teacher = true", "mean", "std", "halvings")
+            return
+        self.refuse_idle("with teacher = false", "solver", "solver_steps")
+        if self.ema_decay:
+            raise UserError(
+                f"ema_decay = {self.ema_decay:g} makes an average the target, which without a teacher is the student itself; "
+                "with teacher = false set it to 0"
+            )
 
     @property
     def renewal(self) -> float:

@@ -55,8 +55,15 @@ class HyperSD(TSCD):
         super().__post_init__()
         if self.segments and self.segments[-1] != 1:
             raise UserError(f"segments = {list(self.segments)} must end with 1: the single step crosses the whole trajectory")
-        if not self.score_weight and not self.rewards:
-            raise UserError("score_weight = 0 and rewards = [] leave nothing to the last stage; that is the method tscd")
+        if not self.score_weight and not (self.rewards and self.reward_weight):
+            rewards = f"rewards = {list(self.rewards)} with reward_weight = {self.reward_weight:g}"
+            raise UserError(f"score_weight = 0 and {rewards} leave nothing to the last stage; that is the method tscd")
+        if not self.score_weight:
+            self.refuse_idle("with score_weight = 0", "anchor_weight", "score_guidance", "fake_lr_scale")
+        if not self.segments and self.score_weight and self.anchor_weight:
+            raise UserError(
+                f"anchor_weight = {self.anchor_weight:g} holds to the student of TSCD, and segments = [] make none; set it to 0"
+            )
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -70,6 +77,8 @@ class HyperSD(TSCD):
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
         self.decode, self.process = pipeline.decode, pipeline.process
+        if self.rewards and (shape := self.decode(torch.zeros(1, *pipeline.latent_shape, device=pipeline.device)).shape)[4:]:
+            raise UserError(f"rewards = {list(self.rewards)} read pictures, and this pipeline makes videos, {list(shape[1:])}")
         self.judges: list[Reward] = [load_reward(name, pipeline.device) for name in self.rewards]
         self.fake: Predicts | None = None
         self.anchor: Denoiser | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.critics import FeatureCritic
 from fastgen.denoiser import Condition, Guided
 from fastgen.errors import UserError
-from fastgen.families.adversarial import Adversarial, feature_critic, layers_for
+from fastgen.families.adversarial import Adversarial, feature_critic, layers_for, require_others
 from fastgen.losses import (
     approximate_r1,
     hinge_critic,
@@ -87,6 +87,8 @@ class LADD(Adversarial):
                 f'regression_weight = {self.regression_weight:g} needs noise that belongs to its target, which real = "images" '
                 f'does not have; take real = "synthetic"'
             )
+        if not self.early_updates:
+            self.refuse_idle("with early_updates = 0", "early_shares")
         self.early = self.early_updates > 0
 
     @property
@@ -98,6 +100,11 @@ class LADD(Adversarial):
         return 'real = "images" asks for them; "synthetic" takes the teacher\'s own samples'
 
     def make_critic(self, pipeline: Pipeline) -> FeatureCritic:
+        if self.guidance is not None and not self.student.embeds_guidance:
+            raise UserError(
+                f"guidance = {self.guidance:g} is told to networks that embed it, and this one does not: what is taken for "
+                "real has the guidance that it was made with, data.pair_guidance; drop it"
+            )
         layers = self.layers or layers_for("ladd", pipeline, "name some of its network's in layers")
         return feature_critic(pipeline, Guided(pipeline.frozen(), self.told), layers, conditioned=self.conditioned)
 
@@ -134,8 +141,9 @@ class LADD(Adversarial):
         t_fake, eps_fake = (t, eps) if self.shared_noise else self.draw(fake)
         shown, faked = self.view(real, t, eps), self.view(fake, t_fake, eps_fake)
         samples, times, texts = [shown, faked], [t, t_fake], [condition, condition]
-        mismatched = self.mismatch_weight > 0 and len(real) > 1  # of one sample there is no other text
+        mismatched = self.mismatch_weight > 0
         if mismatched:
+            require_others(f"mismatch_weight = {self.mismatch_weight:g}", len(real))
             samples, times, texts = [*samples, shown], [*times, t], [*texts, condition[torch.arange(len(real)).roll(1)]]
         logits = self.critic(torch.cat(samples), torch.cat(times), Condition.cat(texts)).chunk(len(samples))
         loss = hinge_critic if self.objective == "hinge" else nonsaturating_critic

@@ -9,19 +9,20 @@ from torch import Tensor
 
 from fastgen.denoiser import Condition, Predicts, Retimed
 from fastgen.errors import UserError
+from fastgen.families.derivatives import TakesDerivatives
 from fastgen.families.mean_velocity import MeanVelocities
 from fastgen.losses import logit_normal_times, wide
 from fastgen.method import Batch, Loss
 from fastgen.pipelines.base import Pipeline
 from fastgen.process import Flow
 from fastgen.samplers import MeanVelocity, even_times
-from fastgen.tangents import Way, answer_and_derivative
+from fastgen.tangents import answer_and_derivative
 
 FLOW = Flow()
 
 
 @dataclass
-class MeanFlow(MeanVelocities):
+class MeanFlow(TakesDerivatives, MeanVelocities):
     """MeanFlow (Geng et al. 2025), as distillation of a teacher or, with `training`, from data alone.
 
     The mean velocity u from t down to s satisfies u = v - (t - s) du / dt along the trajectory (equation 6). The right-hand
@@ -42,14 +43,10 @@ class MeanFlow(MeanVelocities):
     power: float = field(default=1.0, metadata={"help": "power of the error by which it is divided", "at_least": 0})
     constant: float = field(default=1e-3, metadata={"help": "is added to the error that divides", "above": 0})
     warmup: int = field(default=0, metadata={"help": "updates over which the derivative is let in", "at_least": 0})
-    tangent: Way = field(
-        default="exact",
-        metadata={"help": "how derivatives are taken: exact, plain (by torch alone), or by differences: central, semi"},
-    )
-    tangent_step: float = field(default=1e-3, metadata={"help": "step of differences, in time from 0 to 1", "above": 0})
-    one_pass: bool = field(
-        default=True, metadata={"help": "an exact derivative comes with the answer that is trained, not from a pass of its own"}
-    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_derivatives()
 
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)

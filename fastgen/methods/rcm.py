@@ -42,7 +42,9 @@ class RCM(ContinuousConsistency):
     )
     noise_mean: float = field(default=0.7, metadata={"help": "mean of the log of sigma_data tan(angle) in training"})
     sigma_data: float = field(default=1.0, metadata={"help": "sigma_data in the law of the angles", "above": 0})
-    warmup: int = field(default=1000, metadata={"help": "the student's updates over which the tangent's terms are let in"})
+    warmup: int = field(
+        default=1000, metadata={"help": "the student's updates over which the tangent's terms are let in", "at_least": 0}
+    )
     dmd_weight: float = field(default=10.0, metadata={"help": "weight of distribution matching", "above": 0})
     most_calls: int = field(default=4, metadata={"help": "most calls in backward simulation"})
     noise_shift: float = field(

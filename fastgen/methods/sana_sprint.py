@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen.denoiser import Retimed
-from fastgen.families.adversarial import feature_critic, layers_for
+from fastgen.families.adversarial import feature_critic, layers_for, require_others
 from fastgen.families.continuous import TRIG, ContinuousConsistency, log_normal_times
 from fastgen.losses import hinge_critic, hinge_student, wide
 from fastgen.method import Batch, Loss, Player
@@ -68,7 +68,8 @@ class SanaSprint(ContinuousConsistency):
         real, condition = wide(batch.latents), batch.condition
         faked, t_fake = self.shown(fake)
         fakes = self.critic(faked, t_fake, condition)
-        if self.mismatched and len(real) > 1:  # of one sample there is no other picture
+        if self.mismatched:
+            require_others("mismatched = true", len(real))
             mismatched, t_mismatched = self.shown(real.roll(1, 0))
             fakes = torch.cat([fakes, self.critic(mismatched, t_mismatched, condition)])
             t_fake = torch.cat([t_fake, t_mismatched])

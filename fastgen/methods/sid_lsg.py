@@ -41,6 +41,9 @@ class SiDLSG(ScoreIdentity):
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
         guidance = pipeline.default_guidance if self.guidance is None else self.guidance
+        if self.student.embeds_guidance:
+            why = "where networks are told their guidance, as here: the fake score learns and judges at the teacher's"
+            self.refuse_idle(why, "fake_guidance", "fake_training_guidance")
         learns = guidance if self.fake_training_guidance is None else self.fake_training_guidance
         judges = guidance if self.fake_guidance is None else self.fake_guidance
         self.guide_fake(learns, judges, self.prompt_dropout)

@@ -55,6 +55,9 @@ class SnapFusion(ProgressiveDistillation):
         if self.guidance_low > self.guidance_high:
             low, high = self.guidance_low, self.guidance_high
             raise UserError(f"guidance_low = {low:g} must be at most guidance_high = {high:g}")
+        if self.guidance not in (None, 1) and not self.guidance_low <= self.guidance <= self.guidance_high:
+            trained = f"guidance_low = {self.guidance_low:g} to guidance_high = {self.guidance_high:g}"
+            raise UserError(f"guidance = {self.guidance:g} is outside what the student is trained for, 1 and {trained}")
 
     @property
     def stages(self) -> list[int]:

@@ -13,6 +13,7 @@ from fastgen.errors import UserError
 from fastgen.families.score_distillation import ScoreDistillation
 from fastgen.losses import contrast, kernel, level_denoising, pseudo_huber, snr, squared
 from fastgen.method import Batch, Loss
+from fastgen.pipelines.base import Pipeline
 from fastgen.process import Prediction
 from fastgen.samplers import even_times
 
@@ -58,6 +59,17 @@ class TDM(ScoreDistillation):
             raise UserError(
                 f"timesteps = {list(self.timesteps)} say where the first call is, and so does start = {self.start:g}; drop one"
             )
+        self.refuse_idle("in tdm, which compares up to margin below a call", "high")
+
+    def setup(self, pipeline: Pipeline) -> None:
+        super().setup(pipeline)
+        for call, time in enumerate(self.times):
+            low, high = max(self.end_of(call), self.low), (time if self.separate else self.times[0]) - self.margin
+            if low >= high:
+                raise UserError(
+                    f"margin = {self.margin:g} and low = {self.low:g} leave no time to compare at in the student's step from "
+                    f"{time:.3g} to {self.end_of(call):.3g}"
+                )
 
     def call_times(self) -> tuple[float, ...]:
         if self.start == 1:

@@ -49,8 +49,15 @@ class TSCD(Staged, AdversarialConsistency):
             raise UserError(f"segments must fall from stage to stage, each a divisor of the one before, not {list(parts)}")
         if max(parts, default=1) > self.grid:
             raise UserError(f"segments = {list(parts)} are more than the points of grid = {self.grid}")
+        if max(parts, default=1) > self.most_steps:
+            raise UserError(f"segments = {list(parts)} may be {self.most_steps} at most, as many as a student has calls")
         if self.steps % min(parts, default=1):
             raise UserError(f"steps = {self.steps} must be a multiple of the last of segments = {list(parts)}")
+        if min(self.stages) > ADVERSARIAL_PARTS:
+            idle = f"with segments = {list(parts)}: the adversary joins where there are {ADVERSARIAL_PARTS} or fewer"
+            self.refuse_idle(idle, "adversary")
+        if self.stages[-1] > 1 and self.gamma:
+            self.refuse_idle(f"with segments = {list(parts)}: noise is renewed where there is 1", "gamma")
         self.check_stages()
 
     @property
@@ -81,7 +88,8 @@ class TSCD(Staged, AdversarialConsistency):
         return self.critic is not None and self.parts <= ADVERSARIAL_PARTS
 
     def sampler(self, steps: int | None = None) -> FewStep:
-        sampler = super().sampler(max(self.steps, self.parts) if steps is None else steps)
-        if sampler.steps % self.parts:
+        if steps is None:  # the next multiple of the present segments
+            steps = -(-self.steps // self.parts) * self.parts
+        elif steps % self.parts:
             raise UserError(f"so far the student's jumps keep to {self.parts} segments; steps must be a multiple, not {steps}")
-        return sampler
+        return super().sampler(steps)

@@ -37,5 +37,8 @@ def with_guidance_embedding(network: Any) -> nn.Module:
     weights: dict[str, Tensor] = network.state_dict()
     weights["time_embedding.cond_proj.weight"] = torch.zeros_like(rebuilt.get_parameter("time_embedding.cond_proj.weight"))
     rebuilt.load_state_dict(weights)
+    for name, module in network.named_modules():
+        if hasattr(module, "processor"):  # with the kernel that was chosen for it
+            rebuilt.get_submodule(name).processor = module.processor
     first = next(network.parameters())
     return rebuilt.to(device=first.device, dtype=first.dtype)

@@ -174,7 +174,7 @@ def drawn(grids: Grids, config: RunConfig, pipeline: Pipeline, trainer: Trainer,
     ledger.restart()
     student, ema = config.method.trained, trainer.ema
     with torch.no_grad(), grids.autocast():
-        grids.sample(pipeline.frozen(), FewStep((1.0,), guidance=teacher_guidance(config.method, pipeline)))
+        grids.sample(pipeline.frozen(), FewStep((1.0,), guidance=teacher_guidance(config, pipeline)))
         with ema.applied(student) if ema is not None else nullcontext():
             grids.sample(student, FewStep((1.0,)))
     return ledger.peak

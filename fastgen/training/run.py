@@ -111,7 +111,7 @@ def distill(
             # What fits in training fits in sampling; a CPU has the memory for more at once.
             size = 16 if place.type == "cpu" else config.train.batch // (config.train.micro_batches or config.train.batch)
             times = even_times(config.train.teacher_steps, pipeline.process)
-            teacher = FewStep(times, guidance=teacher_guidance(config.method, pipeline))
+            teacher = FewStep(times, guidance=teacher_guidance(config, pipeline))
             drawn: dict[str, Any] = {"at_once": size, "teacher": teacher, "autocast": accelerator.autocast}
             grids = Grids(pipeline, output / "samples", prompts, **drawn)
             if config.train.quality_every:
@@ -211,10 +211,11 @@ def open_pipeline(config: RunConfig, *, device: torch.device | str = "cpu", offl
         raise UserError(f"{size} do not suit {config.pipeline}: {problem}") from problem
 
 
-def teacher_guidance(method: Method, pipeline: Pipeline) -> float:
-    """The guidance to show the teacher with: what the method distils it with, where that is one number."""
-    guidance = getattr(method, "guidance", None)
-    return float(guidance) if isinstance(guidance, int | float) else pipeline.default_guidance
+def teacher_guidance(config: RunConfig, pipeline: Pipeline) -> float:
+    """The guidance to show the teacher with: what the method distils it with, or its pairs are made with."""
+    made_with = config.data.pair_guidance if "pairs" in config.method.needs else None
+    known = (config.method.teacher_guidance, made_with, pipeline.default_guidance)
+    return float(next(scale for scale in known if scale is not None))
 
 
 def threads_for(config: RunConfig, start: Path | None, device: torch.device) -> int:

@@ -54,6 +54,11 @@ class Sharding:
         if options.precision not in ("fp32", "bf16"):
             raise UserError(f'train.sharding = "fsdp" goes with train.precision "fp32" or "bf16", not "{options.precision}"')
         denoisers, holders = reached(method)
+        if any(denoiser.groups for denoiser in denoisers):
+            raise UserError(
+                'train.sharding = "fsdp" needs the same calls in all processes, and this network is called once for each '
+                'length of prompt in a batch; set train.sharding = "none"'
+            )
         policy = MixedPrecisionPolicy()
         if options.precision == "bf16" and not takes_derivatives(method):  # Those are taken of single precision.
             # Inputs stay as they are: times up to 1000 are no numbers of bf16, and autocast casts what it must.

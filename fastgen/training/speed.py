@@ -39,6 +39,7 @@ def set_up(config: RunConfig, pipeline: Pipeline, say: Say) -> None:
     refuse(config)
     pipeline.partial_passes, pipeline.batched_guidance = config.speed.partial_passes, config.speed.batched_guidance
     config.method.setup(pipeline)
+    config.method.sampler()  # times that a student cannot be called at are said now, not at the first grid
     switch(config.method, config.speed, say)
 
 
