@@ -179,7 +179,7 @@ def test_one_student_for_all_numbers_of_steps() -> None:
     ("options", "message"),
     [
         ({"segments": (4, 2), "steps": 4}, r"segments = \[4, 2\] must end with 1"),
-        ({"score_weight": 0.0}, r"score_weight = 0 and rewards = \[\] leave nothing to the last stage"),
+        ({"score_weight": 0.0}, r"score_weight = 0 and rewards = \[\] .* leave nothing to the last stage"),
         ({"stage_shares": (1.0,) * 4}, "stage_shares has 4 values, but there are 5 stages"),
     ],
 )

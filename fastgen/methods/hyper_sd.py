@@ -60,10 +60,6 @@ class HyperSD(TSCD):
             raise UserError(f"score_weight = 0 and {rewards} leave nothing to the last stage; that is the method tscd")
         if not self.score_weight:
             self.refuse_idle("with score_weight = 0", "anchor_weight", "score_guidance", "fake_lr_scale")
-        if not self.segments and self.score_weight and self.anchor_weight:
-            raise UserError(
-                f"anchor_weight = {self.anchor_weight:g} holds to the student of TSCD, and segments = [] make none; set it to 0"
-            )
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ class PCM(AdversarialConsistency):
     Differences from the authors' code: the adversary is off unless it is given a weight; an update moves the adversary and
     then the student, two of their iterations; its heads see the pipeline's feature layers, not every block; samples are
     diffused to it with the exact kernel for flow models too, where the code for SD3 adds too little noise; at t = 1 the input
-    is noise alone; the last phase ends at clean data. Their guidance (plus 1 here) is 5 to 6 on SD 1.5, 7 to 8 on SDXL, 5 to
-    6 on SD3, with 50, 40 and 100 points of the grid.
+    is noise alone; the last phase ends at clean data. Their guidance (plus 1 here) is 5 to 6 on SD 1.5, 7 to 8 on SDXL, 4 on
+    SD3, with 50, 40 and 100 points of the grid.
     """
 
     guidance_low: float = field(default=5.0, metadata={"help": "least guidance scale of the teacher, 1 = off"})
