@@ -234,7 +234,7 @@ def test_bad_samplers_are_refused_in_words() -> None:
     for times in ((), (0.5, 0.5), (0.2, 0.4), (1.1, 0.5), (0.5, 0.0)):
         with pytest.raises(UserError, match="the times of"):
             FewStep(times)
-    with pytest.raises(ValueError, match="gamma in"):
+    with pytest.raises(ValueError, match="gamma must lie in"):
         FewStep((1.0,), 1.5)
     with pytest.raises(UserError, match="must be at least 1, which means none, not 0"):
         FewStep((1.0,), guidance=0.0)
