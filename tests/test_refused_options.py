@@ -12,6 +12,7 @@ from fastgen import methods
 from fastgen.config import DataConfig, RunConfig
 from fastgen.errors import UserError
 from fastgen.method import Method
+from fastgen.methods.add import ADD
 from fastgen.methods.consistency import ConsistencyModel
 from fastgen.methods.dmd2 import DMD2
 from fastgen.methods.hyper_sd import HyperSD
@@ -134,6 +135,20 @@ def test_a_part_of_one_sample_has_no_other_text(method: Any, words: str) -> None
     assert method.critic_loss(next(batches(pipeline, 2, pairs=True)))
     with pytest.raises(UserError, match=words):
         method.critic_loss(next(batches(pipeline, 1, pairs=True)))
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (ADD(backbone="tiny", backbone_size=16), 'method.name = "add" looks at pictures'),
+        (HyperSD(rewards=("toy-clip",)), r"rewards = \['toy-clip'\] looks at pictures"),
+    ],
+)
+def test_what_looks_at_pictures_takes_no_videos(method: Method, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline: Any = FakePipeline(PROCESSES["flow"], (3, 4, 4))
+    monkeypatch.setattr(pipeline, "decode", lambda latents: torch.zeros(len(latents), 3, 5, 32, 32))
+    with pytest.raises(UserError, match=rf"{words}, and this pipeline makes videos, of shape \[3, 5, 32, 32\]"):
+        method.setup(pipeline)
 
 
 def test_segmented_students_have_a_sampler_in_every_stage() -> None:

@@ -34,6 +34,18 @@ def layers_for(option: str, pipeline: Pipeline, remedy: str = "set it to 0") -> 
     return pipeline.feature_layers
 
 
+def decoded(option: str, pipeline: Pipeline) -> Tensor:
+    """One picture [1, 3, H, W] of the pipeline's, for `option`, which looks at pictures.
+
+    Raises UserError for a pipeline that makes videos.
+    """
+    with torch.no_grad():
+        image = pipeline.decode(torch.zeros(1, *pipeline.latent_shape, device=pipeline.device))
+    if image.ndim > 4:
+        raise UserError(f"{option} looks at pictures, and this pipeline makes videos, of shape {list(image.shape[1:])}")
+    return image
+
+
 def require_others(option: str, count: int) -> None:
     """Raise UserError where a part of a batch has a single sample, and so no other's text that `option` could take."""
     if count < 2:

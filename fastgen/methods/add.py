@@ -12,7 +12,7 @@ from fastgen.backbones import load_backbone
 from fastgen.critics import PixelCritic, pooled_text
 from fastgen.denoiser import Condition, Guided, Predicts
 from fastgen.errors import UserError
-from fastgen.families.adversarial import Adversarial
+from fastgen.families.adversarial import Adversarial, decoded
 from fastgen.losses import hinge_critic, hinge_student, squared, uniform_times, wide
 from fastgen.method import Batch, Loss, Need
 from fastgen.pipelines.base import Pipeline
@@ -73,10 +73,8 @@ class ADD(Adversarial):
                 raise UserError('weighting = "nfsd" needs a teacher without guidance, but this network embeds its guidance')
             self.negative = pipeline.encode_prompts([self.negative_prompt])
         backbone = load_backbone(self.backbone, self.backbone_weights, size=self.backbone_size, device=self.device)
+        image = decoded('method.name = "add"', pipeline)
         with torch.no_grad():
-            image = self.decode(torch.zeros(1, *pipeline.latent_shape, device=self.device))
-            if image.ndim != 4:
-                raise UserError(f"add looks at pictures, and this pipeline makes videos, {list(image.shape[1:])}; take ladd")
             facts = [pooled_text(pipeline.encode_prompts([""]))] if self.text_known else []
             known = sum(each.shape[1] for each in facts if each is not None)
             known += backbone(image.float())[-1].shape[1] if self.image_known else 0

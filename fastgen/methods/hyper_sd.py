@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen.denoiser import Condition, Denoiser, Guided, Predicts
 from fastgen.errors import UserError
+from fastgen.families.adversarial import decoded
 from fastgen.losses import denoising, distribution_matching, shared_choice, squared, uniform_times
 from fastgen.method import Batch, Loss, Player
 from fastgen.methods.tscd import TSCD
@@ -73,8 +74,8 @@ class HyperSD(TSCD):
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
         self.decode, self.process = pipeline.decode, pipeline.process
-        if self.rewards and (shape := self.decode(torch.zeros(1, *pipeline.latent_shape, device=pipeline.device)).shape)[4:]:
-            raise UserError(f"rewards = {list(self.rewards)} read pictures, and this pipeline makes videos, {list(shape[1:])}")
+        if self.rewards:
+            decoded(f"rewards = {list(self.rewards)}", pipeline)
         self.judges: list[Reward] = [load_reward(name, pipeline.device) for name in self.rewards]
         self.fake: Predicts | None = None
         self.anchor: Denoiser | None = None
