@@ -78,7 +78,7 @@ class Method(ABC):
         usual = {each.name: each.default for each in fields(self)}
         for name in options:
             if (value := getattr(self, name)) != usual[name]:
-                raise UserError(f"{name} = {value!r} is without effect {why}; drop one")
+                raise UserError(f"{name} = {value!r} is without effect {why}; drop it")
 
     @abstractmethod
     def setup(self, pipeline: Pipeline) -> None:

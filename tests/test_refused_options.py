@@ -23,6 +23,7 @@ from fastgen.methods.pcm import PCM
 from fastgen.methods.sana_sprint import SanaSprint
 from fastgen.methods.sid_few_step import SiDFewStep
 from fastgen.methods.sid_lsg import SiDLSG
+from fastgen.methods.snapfusion import SnapFusion
 from fastgen.methods.tdd import TDD
 from fastgen.methods.tdm import TDM
 from fastgen.methods.tscd import TSCD
@@ -62,7 +63,7 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
 def test_an_option_without_effect_is_refused_with_the_one_that_takes_it_away(
     name: str, options: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(UserError, match=f"^{words}.*; drop one$"):
+    with pytest.raises(UserError, match=f"^{words}.*; drop it$"):
         methods.find(name)(**options)
 
 
@@ -75,6 +76,7 @@ def test_an_option_at_its_default_is_not_held_against_anyone() -> None:
     [
         (ConsistencyModel, {"teacher": False, "guidance_high": 1.0}, "ema_decay = 0.95 .* with teacher = false set it to 0"),
         (HyperSD, {"score_weight": 0.0, "rewards": ("toy-clip",), "reward_weight": 0.0}, "reward_weight = 0 leave nothing"),
+        (SnapFusion, {"guidance": 30.0}, "guidance = 30 is outside .* 1 and guidance_low = 2 to guidance_high = 14"),
         (TSCD, {"segments": (16, 8, 4, 2, 1)}, r"segments = \[16, 8, 4, 2, 1\] may be 8 at most"),
     ],
 )
@@ -102,7 +104,7 @@ def test_scales_that_a_told_network_never_learns_are_refused(method: Method, wor
 
 def test_the_guidance_of_ladd_is_for_networks_that_are_told_it() -> None:
     LADD(guidance=7.0).setup(FakePipeline(PROCESSES["flow"], (3, 4, 4), embeds_guidance=True))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"guidance = 7 is told to networks that embed it, .*data\.pair_guidance"):
+    with pytest.raises(UserError, match=r"guidance = 7\.0 is without effect where .*data\.pair_guidance"):
         LADD(guidance=7.0).setup(FakePipeline(PROCESSES["flow"], (3, 4, 4)))  # type: ignore[arg-type]
 
 

@@ -100,11 +100,8 @@ class LADD(Adversarial):
         return 'real = "images" asks for them; "synthetic" takes the teacher\'s own samples'
 
     def make_critic(self, pipeline: Pipeline) -> FeatureCritic:
-        if self.guidance is not None and not self.student.embeds_guidance:
-            raise UserError(
-                f"guidance = {self.guidance:g} is told to networks that embed it, and this one does not: what is taken for "
-                "real has the guidance that it was made with, data.pair_guidance; drop it"
-            )
+        if not self.student.embeds_guidance:
+            self.refuse_idle("where none is embedded, as here: the samples taken for real have data.pair_guidance", "guidance")
         layers = self.layers or layers_for("ladd", pipeline, "name some of its network's in layers")
         return feature_critic(pipeline, Guided(pipeline.frozen(), self.told), layers, conditioned=self.conditioned)
 

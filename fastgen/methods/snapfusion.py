@@ -56,8 +56,8 @@ class SnapFusion(ProgressiveDistillation):
             low, high = self.guidance_low, self.guidance_high
             raise UserError(f"guidance_low = {low:g} must be at most guidance_high = {high:g}")
         if self.guidance not in (None, 1) and not self.guidance_low <= self.guidance <= self.guidance_high:
-            trained = f"guidance_low = {self.guidance_low:g} to guidance_high = {self.guidance_high:g}"
-            raise UserError(f"guidance = {self.guidance:g} is outside what the student is trained for, 1 and {trained}")
+            trained = f"1 and guidance_low = {self.guidance_low:g} to guidance_high = {self.guidance_high:g}"
+            raise UserError(f"guidance = {self.guidance:g} is outside what the student is trained for, {trained}")
 
     @property
     def stages(self) -> list[int]:
