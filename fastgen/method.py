@@ -74,7 +74,7 @@ class Method(ABC):
         return getattr(self, "guidance", None)
 
     def refuse_idle(self, why: str, *options: str) -> None:
-        """Raise UserError for the first of `options` that was set, since `why` ("with gan_weight = 0") it would do nothing."""
+        """Raise UserError for the first of `options` that was set, which `why` ("beside angles = [1.5]") does nothing."""
         usual = {each.name: each.default for each in fields(self)}
         for name in options:
             if (value := getattr(self, name)) != usual[name]:

@@ -128,7 +128,6 @@ class ContinuousConsistency(TakesDerivatives):
             raise UserError(f"angles must decrease, from pi / 2 = {RIGHT:.4f} at most and above 0, not {list(self.angles)}")
         if self.angles and len(self.angles) != self.steps:
             self.refuse_idle(f"beside angles = {list(self.angles)}", "steps")
-        self.check_derivatives()
         if self.guidance is not None and self.guidance_scales:
             low, high = min(self.guidance_scales), max(self.guidance_scales)
             if not low <= self.guidance <= high:

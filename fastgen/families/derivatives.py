@@ -10,7 +10,7 @@ from fastgen.tangents import Way
 
 @dataclass
 class TakesDerivatives(Method):
-    """The options of `fastgen.tangents`. Subclasses call `check_derivatives` in `__post_init__`."""
+    """The options of `fastgen.tangents`."""
 
     tangent: Way = field(
         default="exact",
@@ -22,11 +22,3 @@ class TakesDerivatives(Method):
     one_pass: bool = field(
         default=True, metadata={"help": "an exact derivative comes with the answer that is trained, not from a pass of its own"}
     )
-
-    def check_derivatives(self) -> None:
-        """Raise UserError for options of another way than the one chosen."""
-        chosen = f'with tangent = "{self.tangent}"'
-        if self.tangent in ("exact", "plain"):
-            self.refuse_idle(chosen, "tangent_step")
-        if self.tangent != "exact":
-            self.refuse_idle(chosen, "one_pass")

@@ -60,8 +60,6 @@ class ADD(Adversarial):
         super().__post_init__()
         if self.weighting == "nfsd" and self.distill_in == "pixels":
             raise UserError('weighting = "nfsd" is a gradient, not a distance: distill_in = "pixels" must be "latents" for it')
-        if self.weighting != "nfsd":
-            self.refuse_idle(f'with weighting = "{self.weighting}"', "negative_prompt")
         if not 0 <= self.low < self.high <= 1:
             raise UserError(f"low = {self.low:g} and high = {self.high:g} must be times, 0 <= low < high <= 1")
 

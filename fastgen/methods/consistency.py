@@ -58,11 +58,7 @@ class ConsistencyModel(Consistency):
             )
         if not self.teacher and self.embed_guidance:
             raise UserError("embed_guidance = true needs a guided teacher, and teacher = false leaves none")
-        if self.teacher:
-            self.refuse_idle("with teacher = true", "mean", "std", "halvings")
-            return
-        self.refuse_idle("with teacher = false", "solver", "solver_steps")
-        if self.ema_decay:
+        if not self.teacher and self.ema_decay:
             raise UserError(
                 f"ema_decay = {self.ema_decay:g} makes an average the target, which without a teacher is the student itself; "
                 "with teacher = false set it to 0"

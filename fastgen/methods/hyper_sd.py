@@ -60,7 +60,7 @@ class HyperSD(TSCD):
             rewards = f"rewards = {list(self.rewards)} with reward_weight = {self.reward_weight:g}"
             raise UserError(f"score_weight = 0 and {rewards} leave nothing to the last stage; that is the method tscd")
         if not self.score_weight:
-            self.refuse_idle("with score_weight = 0", "anchor_weight", "score_guidance", "fake_lr_scale")
+            self.refuse_idle("with score_weight = 0", "anchor_weight")
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -87,8 +87,6 @@ class LADD(Adversarial):
                 f'regression_weight = {self.regression_weight:g} needs noise that belongs to its target, which real = "images" '
                 f'does not have; take real = "synthetic"'
             )
-        if not self.early_updates:
-            self.refuse_idle("with early_updates = 0", "early_shares")
         self.early = self.early_updates > 0
 
     @property

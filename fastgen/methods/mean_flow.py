@@ -44,10 +44,6 @@ class MeanFlow(TakesDerivatives, MeanVelocities):
     constant: float = field(default=1e-3, metadata={"help": "is added to the error that divides", "above": 0})
     warmup: int = field(default=0, metadata={"help": "updates over which the derivative is let in", "at_least": 0})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_derivatives()
-
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
         self.flow: Predicts = Retimed(self.student, FLOW)

@@ -67,13 +67,6 @@ class SiDFewStep(ScoreIdentity):
             raise UserError(
                 f'strategy = "{self.strategy}" has an unguided teacher, but guidance = {self.guidance:g}; set guidance = 1'
             )
-        why = f'with strategy = "{self.strategy}"'
-        if self.strategy != "anti":
-            self.refuse_idle(why, "anti_guidance")
-        if self.strategy == "zero":  # it learns without prompts alone
-            self.refuse_idle(why, "prompt_dropout")
-        if not self.gan_weight:
-            self.refuse_idle("with gan_weight = 0", "critic_weight")
 
     @property
     def teacher_guidance(self) -> float | None:

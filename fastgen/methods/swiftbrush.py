@@ -44,11 +44,6 @@ class SwiftBrush(ScoreDistillation):
         default=0.1, metadata={"help": "share of prompts that the fake score learns without", "at_least": 0, "at_most": 1}
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fake_guidance == 1:  # nobody asks for the unconditional case
-            self.refuse_idle("with fake_guidance = 1", "drop")
-
     def setup(self, pipeline: Pipeline) -> None:
         super().setup(pipeline)
         guidance = pipeline.default_guidance if self.guidance is None else self.guidance
